@@ -1,0 +1,264 @@
+"""Everything that a run can choose, as typed dataclasses.
+
+`model.feed_forward` and `objective` have one dataclass per `name`; the tables at the end of the
+file say which. A field that is None here is filled in by `config.load` from other choices.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class DenseConfig:
+    """The plain MLP of DiT in every block.
+
+    Attributes:
+        name: which feed-forward layer.
+    """
+
+    name: Literal["dense"] = "dense"
+
+
+@dataclass
+class TokenChoiceConfig:
+    """Token choice (TC-DiT, Eq. 2-3, Algorithm 2): every token takes its top-k experts.
+
+    Attributes:
+        name: which feed-forward layer.
+        num_experts: experts in each MoE layer, N of the paper.
+        top_k: experts per token, K.
+        balance_loss_weight: weight of the load-balancing loss of each layer; 0 turns it off.
+    """
+
+    name: Literal["token_choice"] = "token_choice"
+    num_experts: int = 16
+    top_k: int = 1
+    balance_loss_weight: float = 0.01
+
+
+@dataclass
+class ExpertChoiceConfig:
+    """Expert choice (EC-DiT, Algorithm 1): every expert takes its top tokens of the pool.
+
+    Attributes:
+        name: which feed-forward layer.
+        num_experts: experts in each MoE layer, N of the paper.
+        capacity: C of Eq. 8 in training and top-k inference; 1 costs what a dense layer costs.
+        pool: an expert chooses among the tokens of one `sample` or of the whole `batch`.
+        capacity_predictor: train a predictor of the choice (Eq. 10-13), with its thresholds.
+        capacity_loss_weight: weight of the predictor's binary cross-entropy, summed over layers.
+        threshold_decay: alpha of Eq. 17.
+        inference: in evaluation take the top `capacity`, or as many tokens as the predictor
+            puts above the `dynamic` thresholds (Eq. 14, Algorithm 4).
+    """
+
+    name: Literal["expert_choice"] = "expert_choice"
+    num_experts: int = 16
+    capacity: float = 1.0
+    pool: Literal["sample", "batch"] = "sample"
+    capacity_predictor: bool = False
+    capacity_loss_weight: float = 1.0
+    threshold_decay: float = 0.95
+    inference: Literal["topk", "dynamic"] = "topk"
+
+
+@dataclass
+class DiffMoEConfig(ExpertChoiceConfig):
+    """DiffMoE (Algorithms 3-4): expert choice over the batch, with capacity predictor.
+
+    Attributes:
+        name: which feed-forward layer.
+    """
+
+    name: Literal["diffmoe"] = "diffmoe"
+    pool: Literal["sample", "batch"] = "batch"
+    capacity_predictor: bool = True
+    inference: Literal["topk", "dynamic"] = "dynamic"
+
+
+FeedForwardConfig = DenseConfig | TokenChoiceConfig | ExpertChoiceConfig | DiffMoEConfig
+
+
+@dataclass
+class ModelConfig:
+    """The DiT backbone.
+
+    Attributes:
+        input_size: side of the square latent, in latent pixels (image side / VAE factor).
+        in_channels: channels of the latent.
+        patch_size: side of one patch, in latent pixels.
+        hidden_size: width D of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads; divides hidden_size.
+        mlp_ratio: hidden width of a feed-forward layer or expert, in units of hidden_size.
+        num_classes: labels are 0 ... num_classes - 1; the null class is num_classes.
+        label_dropout: probability of training a sample without its label, for guidance.
+        learn_sigma: twice the output channels, for a learned variance; by default what the
+            objective needs (ddpm: true, flow: false).
+        moe_every: every n-th block (2: the second, fourth, ...; 1: all) has the configured
+            feed-forward layer, the others a dense one.
+        feed_forward: the feed-forward layer.
+    """
+
+    input_size: int = 32
+    in_channels: int = 4
+    patch_size: int = 2
+    hidden_size: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    label_dropout: float = 0.1
+    learn_sigma: bool | None = None
+    moe_every: int = 2
+    feed_forward: FeedForwardConfig = field(default_factory=DiffMoEConfig)
+
+
+@dataclass
+class FlowConfig:
+    """Rectified flow: velocity along the straight path from noise (t = 0) to data (t = 1).
+
+    Attributes:
+        name: which objective.
+    """
+
+    name: Literal["flow"] = "flow"
+
+
+@dataclass
+class DDPMConfig:
+    """Denoising diffusion: noise prediction over discrete steps.
+
+    Attributes:
+        name: which objective.
+        num_timesteps: steps of the noising process; step 0 is nearest the data.
+        noise_schedule: betas over these steps.
+    """
+
+    name: Literal["ddpm"] = "ddpm"
+    num_timesteps: int = 1000
+    noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+
+
+ObjectiveConfig = FlowConfig | DDPMConfig
+
+
+@dataclass
+class DataConfig:
+    """Training data: latents cached by main_cache.py.
+
+    Attributes:
+        cached_path: folder that main_cache.py wrote.
+        vae_path: VAE that decodes samples, a hub id or a local folder.
+        image_size: side of the images, in pixels; the cache must have been made with it.
+        horizontal_flip: take the mirror image's latent half of the time.
+        num_workers: loader processes for each training process.
+    """
+
+    cached_path: str = "cache/imagenet256"
+    vae_path: str = "stabilityai/sd-vae-ft-mse"
+    image_size: int = 256
+    horizontal_flip: bool = True
+    num_workers: int = 4
+
+
+@dataclass
+class OptimConfig:
+    """AdamW at a constant learning rate.
+
+    Attributes:
+        lr: learning rate.
+        betas: decay of the first and second moment.
+        weight_decay: decoupled weight decay.
+        ema_decay: decay of the averaged weights, per step.
+        ema_warmup: start with a shorter average: decay min(ema_decay, (1 + step) / (10 + step)).
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    ema_decay: float = 0.9999
+    ema_warmup: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """Length of the run, batch, and what is written when.
+
+    Attributes:
+        max_steps: optimizer steps.
+        global_batch_size: images per optimizer step over all processes.
+        micro_batch_size: images per forward pass of one process. It sets the size of DiffMoE's
+            token pool and belongs to the experiment; more processes mean fewer accumulation
+            steps, never another pool.
+        log_every: steps between log entries.
+        ckpt_every: steps between checkpoints; one is always written at the end.
+        sample_every: steps between sample grids from the averaged weights; 0 turns them off.
+        num_grid_samples: images in a grid.
+    """
+
+    max_steps: int = 700_000
+    global_batch_size: int = 256
+    micro_batch_size: int = 64
+    log_every: int = 100
+    ckpt_every: int = 50_000
+    sample_every: int = 10_000
+    num_grid_samples: int = 16
+
+
+@dataclass
+class SamplingConfig:
+    """How samples are drawn, for grids during training and as sample_ddp.py's defaults.
+
+    Attributes:
+        sampler: flow: euler, heun, dopri5; ddpm: ddpm, ddim. By default euler or ddpm.
+        num_steps: steps of the sampler; dopri5 chooses its own.
+        cfg_scale: classifier-free guidance scale; 1 is no guidance.
+        atol: absolute tolerance of dopri5.
+        rtol: relative tolerance of dopri5.
+    """
+
+    sampler: str | None = None
+    num_steps: int = 250
+    cfg_scale: float = 1.0
+    atol: float = 1e-6
+    rtol: float = 1e-3
+
+
+@dataclass
+class Config:
+    """One run.
+
+    Attributes:
+        seed: of every random draw.
+        device: `auto` takes the GPUs where there are any.
+        run_dir: folder for checkpoints, logs and samples; by default runs/<name of the config>.
+        resume: `auto` continues from the newest checkpoint of run_dir where there is one;
+            `never` refuses to start in a run_dir that has checkpoints.
+    """
+
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    run_dir: str | None = None
+    resume: Literal["auto", "never"] = "never"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+FEED_FORWARDS = {
+    "dense": DenseConfig,
+    "token_choice": TokenChoiceConfig,
+    "expert_choice": ExpertChoiceConfig,
+    "diffmoe": DiffMoEConfig,
+}
+
+OBJECTIVES = {"flow": FlowConfig, "ddpm": DDPMConfig}
+
+SAMPLERS = {"flow": ("euler", "heun", "dopri5"), "ddpm": ("ddpm", "ddim")}
+
+CHOICES = {"model.feed_forward": FEED_FORWARDS, "objective": OBJECTIVES}
+"""Sections whose dataclass is picked by their `name` key."""

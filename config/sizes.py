@@ -1,0 +1,12 @@
+"""The named sizes of the backbone: DiT's, and those of Table 1, which use the same widths."""
+
+SIZES = {
+    "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
+    "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
+    "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
+    # The paper prints only the parameter counts of these two (951M, 1353M); shapes inferred.
+    "XXL": {"hidden_size": 1280, "depth": 32, "num_heads": 16},
+    "XXXL": {"hidden_size": 1440, "depth": 36, "num_heads": 16},
+}
+"""`model.size: L` in a config stands for these keys; keys given beside it win."""

@@ -1,0 +1,162 @@
+"""Combinations that cannot work, found before any model is built or data is read."""
+
+from config.schema import (
+    SAMPLERS,
+    Config,
+    DDPMConfig,
+    ExpertChoiceConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
+from core.errors import ConfigError
+
+
+def validate(config: Config, world_size: int = 1) -> None:
+    """Check a config across its sections.
+
+    Args:
+        config: with every default filled in.
+        world_size: processes that will train.
+
+    Raises:
+        ConfigError: naming key, value and what is allowed.
+    """
+    _check_ranges(config)
+    _check_model(config.model)
+    _check_experts(config)
+    _check_batch(config, world_size)
+    _check_sampling(config)
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Forward passes of each process in one optimizer step."""
+    return config.train.global_batch_size // (config.train.micro_batch_size * world_size)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _check_ranges(config: Config) -> None:
+    model, data, optim, train = config.model, config.data, config.optim, config.train
+    at_least = {
+        "model.input_size": (model.input_size, 1),
+        "model.in_channels": (model.in_channels, 1),
+        "model.patch_size": (model.patch_size, 1),
+        "model.hidden_size": (model.hidden_size, 1),
+        "model.depth": (model.depth, 1),
+        "model.num_heads": (model.num_heads, 1),
+        "model.num_classes": (model.num_classes, 1),
+        "model.moe_every": (model.moe_every, 1),
+        "data.image_size": (data.image_size, 1),
+        "data.num_workers": (data.num_workers, 0),
+        "optim.lr": (optim.lr, 0),
+        "optim.weight_decay": (optim.weight_decay, 0),
+        "train.max_steps": (train.max_steps, 1),
+        "train.global_batch_size": (train.global_batch_size, 1),
+        "train.micro_batch_size": (train.micro_batch_size, 1),
+        "train.log_every": (train.log_every, 1),
+        "train.ckpt_every": (train.ckpt_every, 1),
+        "train.sample_every": (train.sample_every, 0),
+        "train.num_grid_samples": (train.num_grid_samples, 1),
+        "sampling.num_steps": (config.sampling.num_steps, 1),
+        "sampling.cfg_scale": (config.sampling.cfg_scale, 0),
+    }
+    for key, (value, least) in at_least.items():
+        _require(value >= least, f"{key}: {value} is too small; at least {least} is allowed")
+    fractions = {
+        "model.label_dropout": model.label_dropout,
+        "optim.ema_decay": optim.ema_decay,
+        "optim.betas": max(optim.betas),
+    }
+    for key, value in fractions.items():
+        _require(0 <= value < 1, f"{key}: {value} is not in [0, 1)")
+    _require(model.mlp_ratio > 0, f"model.mlp_ratio: {model.mlp_ratio} must be above 0")
+
+
+def _check_model(model: ModelConfig) -> None:
+    _require(
+        model.hidden_size % model.num_heads == 0,
+        f"model.hidden_size: {model.hidden_size} is not divisible by "
+        f"model.num_heads {model.num_heads}",
+    )
+    _require(
+        model.hidden_size % 4 == 0,
+        f"model.hidden_size: {model.hidden_size} is not divisible by 4, as the 2-D sine-cosine "
+        "positions need",
+    )
+    _require(
+        model.input_size % model.patch_size == 0,
+        f"model.patch_size: {model.patch_size} does not divide model.input_size {model.input_size}",
+    )
+    _require(
+        model.moe_every <= model.depth or model.feed_forward.name == "dense",
+        f"model.moe_every: {model.moe_every} is larger than model.depth {model.depth}, so that no "
+        f"block would have the {model.feed_forward.name} layer",
+    )
+
+
+def _check_experts(config: Config) -> None:
+    layer = config.model.feed_forward
+    tokens = (config.model.input_size // config.model.patch_size) ** 2
+    at = "model.feed_forward"
+    if isinstance(layer, TokenChoiceConfig):
+        _require(
+            1 <= layer.top_k <= layer.num_experts,
+            f"{at}.top_k: {layer.top_k} is not in 1 ... num_experts ({layer.num_experts})",
+        )
+        _require(
+            layer.balance_loss_weight >= 0,
+            f"{at}.balance_loss_weight: {layer.balance_loss_weight} is negative",
+        )
+    if isinstance(layer, ExpertChoiceConfig):
+        pool = tokens * (config.train.micro_batch_size if layer.pool == "batch" else 1)
+        _require(
+            1 <= layer.num_experts <= pool,
+            f"{at}.num_experts: {layer.num_experts} is not in 1 ... {pool}, the tokens in the "
+            f"pool of a {layer.pool}",
+        )
+        _require(
+            0 < layer.capacity <= layer.num_experts,
+            f"{at}.capacity: {layer.capacity} is not in (0, num_experts = {layer.num_experts}]",
+        )
+        _require(
+            0 <= layer.threshold_decay < 1,
+            f"{at}.threshold_decay: {layer.threshold_decay} is not in [0, 1)",
+        )
+        _require(
+            layer.capacity_predictor or layer.inference == "topk",
+            f"{at}.inference: 'dynamic' needs {at}.capacity_predictor true; allowed without: topk",
+        )
+    if isinstance(layer, TokenChoiceConfig):
+        _require(
+            layer.num_experts <= tokens * config.train.micro_batch_size,
+            f"{at}.num_experts: {layer.num_experts} is more than the "
+            f"{tokens * config.train.micro_batch_size} tokens of a micro-batch",
+        )
+
+
+def _check_batch(config: Config, world_size: int) -> None:
+    micro, total = config.train.micro_batch_size, config.train.global_batch_size
+    _require(
+        total % (micro * world_size) == 0,
+        f"train.global_batch_size: {total} is not a multiple of train.micro_batch_size {micro} x "
+        f"{world_size} process(es); allowed here: multiples of {micro * world_size}, or a smaller "
+        "train.micro_batch_size (which changes the token pool)",
+    )
+
+
+def _check_sampling(config: Config) -> None:
+    known = SAMPLERS[config.objective.name]
+    _require(
+        config.sampling.sampler in known,
+        f"sampling.sampler: {config.sampling.sampler!r} does not belong to objective.name "
+        f"{config.objective.name}; known there: {', '.join(known)}",
+    )
+    if isinstance(config.objective, DDPMConfig):
+        _require(
+            config.sampling.num_steps <= config.objective.num_timesteps,
+            f"sampling.num_steps: {config.sampling.num_steps} is more than "
+            f"objective.num_timesteps {config.objective.num_timesteps}",
+        )

@@ -1,0 +1,1 @@
+"""Small shared ground: types that travel between folders, randomness, processes, logging."""

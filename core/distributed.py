@@ -1,0 +1,95 @@
+"""Processes: one, or several started by torchrun, over NCCL on GPUs and gloo on CPUs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: its rank, how many there are, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which logs and writes what belongs to all."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
+        """Mean of `tensor` over the processes, in place; every process gets it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum of `tensor` over the processes, in place; every process gets it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block on rank 0 before the others run it (downloads, folders)."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def processes(device: str = "auto", cpu_threads: int | None = None) -> Iterator[Processes]:
+    """Join torchrun's process group, or be a single process; leave the group at the end.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
+        cpu_threads: threads of this process when it computes on the CPU; None leaves torch's
+            choice. Products differ in their last bits between numbers of threads, so whatever
+            must not depend on the number of processes sets this.
+
+    Raises:
+        UserError: for `cuda` on a machine without.
+    """
+    world = world_size()
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' is not available on this machine; allowed: auto, cpu")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    elif cpu_threads is not None:
+        torch.set_num_threads(cpu_threads)
+    if world > 1:
+        cuda = place.type == "cuda"
+        dist.init_process_group(
+            backend="nccl" if cuda else "gloo", device_id=place if cuda else None
+        )
+    try:
+        yield Processes(rank, world, place)
+    finally:
+        if world > 1:
+            dist.destroy_process_group()

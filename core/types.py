@@ -1,0 +1,108 @@
+"""What travels between the parts: routing plans and records, model outputs, losses, objectives.
+
+Shapes: B batch, S tokens of one sample, D width, E experts, N routed (token, expert) pairs,
+C channels, H and W height and width of the latent.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from config.schema import SamplingConfig
+
+
+@dataclass
+class RoutingPlan:
+    """Which token goes to which expert, as a flat list of pairs sorted by expert.
+
+    Attributes:
+        token_index: (N,) int64, positions in the (B * S) flattened tokens.
+        gate: (N,) weight of the expert's output for that token.
+        tokens_per_expert: (E,) int64, how many consecutive pairs belong to each expert.
+        capacity: that count as a Python integer when it is the same for every expert, so that
+            static-shape backends need no look at the device; None when counts vary.
+    """
+
+    token_index: Tensor
+    gate: Tensor
+    tokens_per_expert: Tensor
+    capacity: int | None
+
+
+@dataclass
+class RoutingRecord:
+    """What one MoE layer reports of one forward pass.
+
+    Attributes:
+        counts: (B, E) int64, pairs of each sample and expert; no gradient.
+        num_tokens: tokens of one sample, S.
+        losses: auxiliary losses by name, scalars already multiplied by their weight.
+        quantiles: (E,) k-th largest capacity prediction of each expert (Eq. 17), detached;
+            None where the layer keeps no thresholds or is not training.
+        capacity_logits: (B * S, E) output of the capacity predictor before the sigmoid, or None.
+        capacity_targets: (B * S, E) 1 where the expert took the token (Eq. 13), or None.
+    """
+
+    counts: Tensor
+    num_tokens: int
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    quantiles: Tensor | None = None
+    capacity_logits: Tensor | None = None
+    capacity_targets: Tensor | None = None
+
+    def capacity_per_sample(self) -> Tensor:
+        """(B,) computed pairs per token of each sample: Eq. 8 averaged over the experts."""
+        return self.counts.sum(dim=1) / self.num_tokens
+
+
+@dataclass
+class ModelOutput:
+    """Result of a model: prediction (B, C_out, H, W) and one record per MoE layer, in order."""
+
+    prediction: Tensor
+    routing: list[RoutingRecord] = field(default_factory=list)
+
+
+class Model(Protocol):
+    """`x` (B, C, H, W), `t` (B,), `cond` whatever the model is conditioned on."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput: ...
+
+
+@dataclass
+class LossTerms:
+    """Result of an objective.
+
+    Attributes:
+        per_sample: (B,) the loss to be averaged and minimised, without auxiliary losses.
+        named: (B,) each part of it, for the log.
+        routing: the model's records, handed on unread.
+    """
+
+    per_sample: Tensor
+    named: dict[str, Tensor]
+    routing: list[RoutingRecord]
+
+
+Draw = Callable[[], Tensor]
+"""A call returns fresh standard normal noise (B, C, H, W) of the samples being generated."""
+
+
+class Objective(Protocol):
+    """A way to train a model and to sample from it; conditions pass through untouched."""
+
+    samplers: tuple[str, ...]
+
+    def training_losses(
+        self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
+    ) -> LossTerms:
+        """Loss on data `x` (B, C, H, W); times and noise are drawn from `generator`."""
+
+    def sample(
+        self, model: Model, noise: Tensor, cond: Tensor, settings: "SamplingConfig", draw: Draw
+    ) -> Tensor:
+        """Data (B, C, H, W) from `noise` of that shape; `draw` serves stochastic samplers."""

@@ -1,0 +1,1 @@
+"""Images, VAE, cached latents and the order in which training sees them."""

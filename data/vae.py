@@ -1,0 +1,137 @@
+"""The VAE between images and latents: diffusers' AutoencoderKL behind a small interface.
+
+Shapes: B batch, C latent channels, H and W of the image, h = H / factor and w = W / factor.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+KNOWN_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
+"""Short names of the two VAEs that DiT and its successors use."""
+
+
+class VAE:
+    """A frozen VAE in float32, in evaluation mode.
+
+    Args:
+        path: a hub id, a local folder made by `save_pretrained`, or a name of KNOWN_NAMES.
+        device: where it computes; inputs are moved there.
+
+    Attributes:
+        path: hub id or folder, with short names resolved.
+        scaling_factor: latents as the model sees them are (z - shift_factor) * scaling_factor.
+        shift_factor: see there; 0 where the VAE has none.
+        latent_channels: C.
+        factor: image side / latent side.
+
+    Raises:
+        UserError: the VAE cannot be loaded.
+    """
+
+    def __init__(self, path: str, device: str | torch.device = "cpu"):
+        self.path = KNOWN_NAMES.get(path, path)
+        self.device = torch.device(device)
+        model = load_autoencoder(self.path)
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.scaling_factor = float(model.config.scaling_factor)
+        self.shift_factor = float(model.config.shift_factor or 0.0)
+        self.latent_channels = int(model.config.latent_channels)
+        self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode_moments(self, images: Tensor) -> Tensor:
+        """Mean and log-variance of the posterior, neither shifted nor scaled.
+
+        Args:
+            images: (B, 3, H, W) in [-1, 1]; H and W are multiples of `factor`.
+
+        Returns:
+            (B, 2C, h, w): C channels of means, then C of log-variances.
+        """
+        posterior = self.model.encode(images.to(self.device, torch.float32)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w) as the model sees them."""
+        latents = latents.to(self.device, torch.float32)
+        unscaled = latents / self.scaling_factor + self.shift_factor
+        return self.model.decode(unscaled).sample.clamp(-1.0, 1.0)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as uint8 (B, H, W, 3) on the CPU.
+
+    DiT's rule, clamp(127.5 x + 128, 0, 255) and truncation, so that FID compares with its files.
+    """
+    values = (127.5 * images.float() + 128.0).clamp(0.0, 255.0)
+    return values.permute(0, 2, 3, 1).to("cpu", torch.uint8).contiguous()
+
+
+def load_autoencoder(path: str) -> "AutoencoderKL":
+    """diffusers' AutoencoderKL from a hub id or a local folder, weights from safetensors only.
+
+    Raises:
+        UserError: nothing is there, it is no AutoencoderKL, or its weights do not fit.
+    """
+    allowed = "allowed: a hub id such as stabilityai/sd-vae-ft-mse, or a folder by save_pretrained"
+    # A path that cannot be a hub id is not worth half a minute of retries on a lost network.
+    if not Path(path).is_dir() and (path[:1] in ("", "/", ".", "~") or path.count("/") != 1):
+        raise UserError(f"vae_path: {path!r} is not a folder; {allowed}")
+    from diffusers import AutoencoderKL
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet_hub():
+            name = AutoencoderKL.load_config(path).get("_class_name")
+            if name != "AutoencoderKL":
+                raise UserError(f"vae_path: {path} holds {name}, not AutoencoderKL; {allowed}")
+            model, info = AutoencoderKL.from_pretrained(
+                path,
+                use_safetensors=True,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(f"vae_path: cannot load a VAE from {path}: {error}; {allowed}") from error
+    if info["missing_keys"]:
+        missing = info["missing_keys"]
+        raise UserError(f"vae_path: {path} lacks {len(missing)} weights, first {missing[0]}")
+    return model
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Let errors speak, not warnings about optional packages, retries and requests."""
+    from diffusers.utils import logging as diffusers_logging
+
+    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "httpx")]
+    levels = [logger.level for logger in loggers]
+    progress = diffusers_logging.is_progress_bar_enabled()
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        diffusers_logging.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if progress:
+            diffusers_logging.enable_progress_bar()

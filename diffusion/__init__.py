@@ -1,0 +1,1 @@
+"""DDPM: noise schedules, the Gaussian chain, respaced samplers, and the training objective."""

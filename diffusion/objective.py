@@ -1,0 +1,118 @@
+"""The DDPM objective: what to train on, and how to sample from the result."""
+
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError, unknown_name
+from core.types import Draw, LossTerms, Model
+from diffusion.gaussian import GaussianDiffusion, LossType, MeanType, VarianceType
+from diffusion.respace import kept_timesteps, respaced_betas
+from diffusion.sampler import SAMPLERS
+from diffusion.schedule import named_betas
+
+if TYPE_CHECKING:
+    from config.schema import DDPMConfig, SamplingConfig
+
+
+class DDPM:
+    """Denoising diffusion over discrete steps (Ho et al. 2020; Nichol & Dhariwal 2021).
+
+    Implements `core.types.Objective`. The variance is learned if and only if the model predicts
+    2C channels for data of C.
+
+    Args:
+        config: length of the chain and its schedule.
+        mean_type: what the model predicts.
+        variance_type: reverse variance of a model that does not learn it.
+        loss: which loss is minimised.
+    """
+
+    samplers: tuple[str, ...] = tuple(SAMPLERS)
+
+    def __init__(
+        self,
+        config: "DDPMConfig",
+        *,
+        mean_type: MeanType = "epsilon",
+        variance_type: VarianceType = "fixed_large",
+        loss: LossType = "mse",
+    ):
+        if loss not in get_args(LossType):
+            raise unknown_name("loss", loss, get_args(LossType))
+        self.loss: LossType = loss
+        self.mean_type: MeanType = mean_type
+        self.variance_type: VarianceType = variance_type
+        self.betas = named_betas(config.noise_schedule, config.num_timesteps)
+        self.diffusion = self._chain(list(range(config.num_timesteps)))
+
+    def training_losses(
+        self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
+    ) -> LossTerms:
+        """Loss on data `x` (B, C, H, W) at uniform timesteps.
+
+        Args:
+            model: called once, with x_t, t in 0 ... T - 1 and `cond`.
+            x: data.
+            cond: conditions of the samples.
+            generator: of timesteps and noise, on the device of `x`; None is the global one.
+        """
+        t = torch.randint(
+            self.diffusion.num_timesteps, (len(x),), generator=generator, device=x.device
+        )
+        noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        return self.losses_at(model, x, cond, t, noise)
+
+    def losses_at(
+        self, model: Model, x: Tensor, cond: Tensor, t: Tensor, noise: Tensor
+    ) -> LossTerms:
+        """Loss on data `x` at given timesteps `t` (B,) with given `noise` (B, C, H, W).
+
+        `named` has `mse`, and `vb` if the variance is learned; their sum is the loss.
+        """
+        x_t = self.diffusion.q_sample(x, t, noise)
+        output = model(x_t, t, cond)
+        terms = self.diffusion.loss_terms(output.prediction, x, x_t, t, noise, self.loss)
+        per_sample = torch.stack(list(terms.values())).sum(dim=0)
+        named = {name: term.detach() for name, term in terms.items()}
+        return LossTerms(per_sample=per_sample, named=named, routing=output.routing)
+
+    def sample(
+        self, model: Model, noise: Tensor, cond: Tensor, settings: "SamplingConfig", draw: Draw
+    ) -> Tensor:
+        """Data (B, C, H, W) from `noise` of that shape.
+
+        The implied data is never clipped: latents have no bounds.
+
+        Args:
+            model: called once per step with x_t, the trained chain's t, and `cond`.
+            noise: standard normal, x at the last step.
+            cond: conditions of the samples.
+            settings: `sampler` and `num_steps` are read; no sampler means `ddpm`.
+            draw: noise of one step, for `ddpm`; `ddim` is deterministic.
+
+        Raises:
+            UserError: for an unknown sampler or a number of steps outside 1 ... T.
+        """
+        name = self.samplers[0] if settings.sampler is None else settings.sampler
+        if name not in SAMPLERS:
+            raise unknown_name("sampling.sampler", name, SAMPLERS)
+        return SAMPLERS[name](self.respaced(settings.num_steps), model, noise, cond, draw)
+
+    def respaced(self, num_steps: int) -> GaussianDiffusion:
+        """The chain through `num_steps` evenly spaced steps, the last one among them."""
+        total = self.diffusion.num_timesteps
+        if not 1 <= num_steps <= total:
+            raise UserError(
+                f"sampling.num_steps: {num_steps} must be between 1 and "
+                f"objective.num_timesteps, {total}"
+            )
+        # The spec "1" keeps step 0, but sampling starts from pure noise.
+        kept = [total - 1] if num_steps == 1 else kept_timesteps(total, str(num_steps))
+        return self._chain(kept)
+
+    def _chain(self, kept: list[int]) -> GaussianDiffusion:
+        return GaussianDiffusion(
+            respaced_betas(self.betas, kept), kept, self.mean_type, self.variance_type
+        )

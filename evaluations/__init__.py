@@ -1,0 +1,1 @@
+"""Measures of generated samples: distances and manifolds in feature space, and classifiers."""

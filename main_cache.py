@@ -1,0 +1,77 @@
+"""torchrun --nproc_per_node=8 main_cache.py --data_path DIR --cached_path OUT
+
+Encode a folder of images into the cache of latents that train.py reads. Runs under torchrun or
+plain python, on GPUs or the CPU; the result does not depend on the number of processes. On the
+CPU each of them encodes on one thread, so start as many as there are cores.
+"""
+
+import argparse
+
+from core.distributed import processes
+from core.errors import command
+from core.logging import quiet_other_processes
+from data.caching import CacheOptions, cache_latents
+from data.latents import DTYPES
+
+
+def parse() -> argparse.Namespace:
+    """The command line, with the published spellings and their hyphenated forms."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def flag(name: str, **options) -> None:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)
+
+    flag(
+        "data_path",
+        required=True,
+        default=argparse.SUPPRESS,
+        help="image folder: DATA_PATH/<class>/<images>",
+    )
+    flag("cached_path", required=True, default=argparse.SUPPRESS, help="folder to write")
+    flag("img_size", type=positive, default=256, help="side of the cropped images, in pixels")
+    flag(
+        "vae_path",
+        default="stabilityai/sd-vae-ft-mse",
+        help="VAE: a hub id, a local folder made by save_pretrained, mse or ema",
+    )
+    flag("batch_size", type=positive, default=128, help="images per forward pass")
+    flag("num_workers", type=natural, default=4, help="image-reading processes of each process")
+    flag("shard_size", type=positive, default=4096, help="images per file")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of stored moments")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if any"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a finished cache")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """A whole number, 0 or above."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return int(text)
+
+
+@command
+def main() -> None:
+    """Parse the command line and write the cache."""
+    arguments = vars(parse())
+    device = arguments.pop("device")
+    options = CacheOptions(image_size=arguments.pop("img_size"), **arguments)
+    with processes(device, cpu_threads=1) as group:
+        quiet_other_processes(group)
+        cache_latents(options, group)
+
+
+if __name__ == "__main__":
+    main()

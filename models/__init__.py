@@ -1,0 +1,1 @@
+"""The DiT backbone and its feed-forward layers."""

@@ -1,0 +1,50 @@
+"""Transformer blocks with adaptive layer norm (adaLN-Zero, Peebles & Xie 2023, Sec. 3.2)."""
+
+from torch import Tensor, nn
+
+from core.types import RoutingRecord
+from models.attention import Attention
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, S, D) scaled by 1 + scale and shifted, both (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class DiTBlock(nn.Module):
+    """Attention and a feed-forward layer, each modulated and gated by the condition.
+
+    Args:
+        hidden_size: D.
+        num_heads: attention heads.
+        feed_forward: (B, S, D) -> ((B, S, D), RoutingRecord or None).
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, feed_forward: nn.Module):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.feed_forward = feed_forward
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, RoutingRecord | None]:
+        """x (B, S, D) under the condition c (B, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        y, record = self.feed_forward(modulate(self.norm2(x), shift2, scale2))
+        return x + gate2[:, None] * y, record
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and the projection to patches: (B, S, D) -> (B, S, patch_features)."""
+
+    def __init__(self, hidden_size: int, patch_features: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_features)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm(x), shift, scale))

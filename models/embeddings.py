@@ -1,0 +1,51 @@
+"""Embeddings of the noise level and of the class."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+FREQUENCIES = 256
+
+
+def timestep_features(t: Tensor, num_features: int = FREQUENCIES) -> Tensor:
+    """Sinusoidal features of the time, used as it is: 0 ... 999 for DDPM, [0, 1] for flow.
+
+    Args:
+        t: (B,) times.
+        num_features: even number of features.
+
+    Returns:
+        (B, num_features): cosines, then sines, of t * 10000^(-i / (num_features / 2)).
+    """
+    half = num_features // 2
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * index / half)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Features of the time through an MLP: (B,) -> (B, D)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCIES, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, hidden_size),
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A vector for each class and one, the last, for "no class": (B,) int64 -> (B, D)."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.null_class = num_classes
+        self.table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.table(labels)

@@ -1,0 +1,18 @@
+"""The dense feed-forward layer."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.types import RoutingRecord
+
+
+class DenseFeedForward(nn.Module):
+    """DiT's MLP with tanh-GELU: (B, S, D) -> (B, S, D), and no routing to report."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord | None]:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh")), None

@@ -1,0 +1,48 @@
+"""How many tokens an expert needs: the capacity predictor and its dynamic thresholds."""
+
+import torch
+from torch import Tensor, nn
+
+
+class CapacityPredictor(nn.Module):
+    """A two-layer MLP (Eq. 10) that learns which tokens each expert takes.
+
+    The thresholds tau (E,) belong to the model's state. The forward never writes them: the
+    trainer does, once per step, from the quantiles that the layers report (Eq. 17).
+    """
+
+    thresholds: Tensor
+
+    def __init__(self, hidden_size: int, num_experts: int, threshold_decay: float):
+        super().__init__()
+        self.threshold_decay = threshold_decay
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, num_experts),
+        )
+        self.register_buffer("thresholds", torch.zeros(num_experts))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (T, E) float32 for `tokens` (T, D), through which no gradient flows back."""
+        return self.mlp(tokens.detach()).float()
+
+    def counts(self, logits: Tensor) -> Tensor:
+        """Tokens above the thresholds (Eq. 14): logits (..., T, E) -> (..., E) int64."""
+        return (logits.sigmoid() > self.thresholds).sum(dim=-2)
+
+    @torch.no_grad()
+    def update_thresholds(self, quantiles: Tensor) -> None:
+        """One step of Eq. 17 towards `quantiles` (E,)."""
+        self.thresholds.lerp_(quantiles.to(self.thresholds), 1 - self.threshold_decay)
+
+
+def quantile_of_kth(logits: Tensor, k: int) -> Tensor:
+    """The k-th largest prediction of each expert: logits (T, E) -> (E,) in [0, 1], detached.
+
+    An expert that takes no token (k = 0) gets 1, which no prediction exceeds.
+    """
+    T, E = logits.shape
+    if k == 0:
+        return logits.new_ones(E)
+    return logits.detach().kthvalue(T - k + 1, dim=0).values.sigmoid()

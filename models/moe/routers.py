@@ -1,0 +1,156 @@
+"""Routers: from tokens to a plan of (token, expert) pairs, and what to report of it.
+
+Shapes: B batch, S tokens of one sample, E experts, K choices, G pools of T tokens each
+(G = B, T = S for the pool of a sample; G = 1, T = B * S for the pool of the batch).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from core.types import RoutingPlan, RoutingRecord
+from models.moe.capacity import CapacityPredictor, quantile_of_kth
+from models.moe.dispatch import chosen_mask, count_pairs
+
+
+class Affinity(nn.Module):
+    """Token-expert affinity (Eq. 1): softmax over the experts, always in float32.
+
+    Eq. 5 leaves the softmax out; Algorithm 3 has it, and so do we.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., E)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+
+
+class TokenChoiceRouter(nn.Module):
+    """Every token takes its top-k experts, weighted by affinity (Eq. 2, Algorithm 2)."""
+
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int, balance_loss_weight: float = 0.0
+    ):
+        super().__init__()
+        self.affinity = Affinity(hidden_size, num_experts)
+        self.top_k = top_k
+        self.balance_loss_weight = balance_loss_weight
+
+    def forward(self, x: Tensor) -> tuple[RoutingPlan, RoutingRecord]:
+        """Plan for `x` (B, S, D) and its record."""
+        B, S, _ = x.shape
+        scores = self.affinity(x).flatten(0, 1)  # (B * S, E)
+        gate, expert = scores.topk(self.top_k, dim=-1)  # (B * S, K)
+        order = expert.flatten().argsort(stable=True)  # pairs sorted by expert
+        chosen = torch.zeros(scores.shape[1], dtype=torch.int64, device=x.device)
+        tokens_per_expert = chosen.scatter_add_(
+            0, expert.flatten(), torch.ones_like(expert.flatten())
+        )
+        plan = RoutingPlan(order // self.top_k, gate.flatten()[order], tokens_per_expert, None)
+        record = RoutingRecord(count_pairs(plan, B, S), S)
+        if self.training and self.balance_loss_weight > 0:
+            loss = balance_loss(scores, tokens_per_expert)
+            record.losses["balance"] = self.balance_loss_weight * loss
+        return plan, record
+
+
+def balance_loss(scores: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """Load balance: E * sum_e P_e f_e, 1 when balanced (Fedus et al. 2021, Eq. 4).
+
+    Args:
+        scores: (T, E) affinities; P_e is their mean over the tokens.
+        tokens_per_expert: (E,) choices; f_e is an expert's share of all choices.
+    """
+    share = tokens_per_expert.to(scores.dtype) / tokens_per_expert.sum()
+    return scores.shape[1] * (scores.mean(dim=0) * share).sum()
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Every expert takes its top tokens of a pool.
+
+    The pool of a sample is EC-DiT (Algorithm 1); the pool of the batch with a capacity predictor
+    is DiffMoE (Algorithm 3 in training, 4 in dynamic inference).
+
+    Args:
+        capacity: C of Eq. 8: each expert takes C * T / E of the T tokens in a pool.
+        pool: `sample` or `batch`.
+        predictor: learns the choice; None for plain expert choice.
+        capacity_loss_weight: weight of its loss (Eq. 11).
+        dynamic: in evaluation take as many tokens as the predictor puts above its thresholds.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        capacity: float,
+        pool: str,
+        predictor: CapacityPredictor | None = None,
+        capacity_loss_weight: float = 1.0,
+        dynamic: bool = False,
+    ):
+        super().__init__()
+        self.affinity = Affinity(hidden_size, num_experts)
+        self.capacity = capacity
+        self.pool = pool
+        self.predictor = predictor
+        self.capacity_loss_weight = capacity_loss_weight
+        self.dynamic = dynamic
+
+    def forward(self, x: Tensor) -> tuple[RoutingPlan, RoutingRecord]:
+        """Plan for `x` (B, S, D) and its record."""
+        B, S, _ = x.shape
+        pools, T = (B, S) if self.pool == "sample" else (1, B * S)
+        scores = self.affinity(x)  # (B, S, E)
+        E = scores.shape[-1]
+        scores = scores.view(pools, T, E).transpose(1, 2)  # (G, E, T)
+        logits = None if self.predictor is None else self.predictor(x.flatten(0, 1))
+        if self.dynamic and not self.training:
+            counts = self.predictor.counts(logits.view(pools, T, E))  # (G, E)
+            plan = top_tokens_varying(scores, counts)
+        else:
+            # Multiplied first: T * C / E is then exact wherever it is a whole number.
+            plan = top_tokens(scores, min(T, int(T * self.capacity / E)))
+        record = RoutingRecord(count_pairs(plan, B, S), S, capacity_logits=logits)
+        if self.training and logits is not None:
+            self._report_training(record, plan, logits)
+        return plan, record
+
+    def _report_training(self, record: RoutingRecord, plan: RoutingPlan, logits: Tensor) -> None:
+        target = chosen_mask(plan, logits.shape[0]).to(logits.dtype)
+        loss = F.binary_cross_entropy_with_logits(logits, target)
+        record.losses["capacity"] = self.capacity_loss_weight * loss
+        record.capacity_targets = target
+        record.quantiles = quantile_of_kth(logits, plan.capacity)
+
+
+def top_tokens(scores: Tensor, k: int) -> RoutingPlan:
+    """Each expert's `k` best tokens of each pool: scores (G, E, T)."""
+    G, E, T = scores.shape
+    gate, index = scores.topk(k, dim=-1, sorted=False)  # (G, E, k)
+    token_index = _flat_index(index, T)
+    tokens_per_expert = torch.full((E,), G * k, device=scores.device)
+    return RoutingPlan(token_index, gate.transpose(0, 1).flatten(), tokens_per_expert, G * k)
+
+
+def top_tokens_varying(scores: Tensor, counts: Tensor) -> RoutingPlan:
+    """Each expert's best tokens of each pool, `counts` (G, E) many: scores (G, E, T)."""
+    _, _, T = scores.shape
+    gate, index = scores.sort(dim=-1, descending=True, stable=True)  # (G, E, T)
+    keep = torch.arange(T, device=scores.device) < counts[..., None]
+    # (G, E, T) -> (E, G, T) -> flat, so that pairs are sorted by expert.
+    keep = keep.transpose(0, 1).flatten()
+    kept = keep.nonzero().squeeze(1)  # the one look at the device
+    token_index = _flat_index(index, T)[kept]
+    return RoutingPlan(token_index, gate.transpose(0, 1).flatten()[kept], counts.sum(0), None)
+
+
+def _flat_index(index: Tensor, tokens_in_pool: int) -> Tensor:
+    """Positions (G, E, k) within pools to positions among all tokens, flat and by expert."""
+    offset = torch.arange(index.shape[0], device=index.device) * tokens_in_pool
+    return (index + offset[:, None, None]).transpose(0, 1).flatten()

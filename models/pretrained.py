@@ -1,0 +1,115 @@
+"""Weights in safetensors files, and whole models from a checkpoint folder.
+
+A checkpoint folder holds `config.yaml` (resolved), `model.safetensors`, `ema.safetensors` and
+`state.json` (step, facts of the latents); what the trainer needs besides lies there too.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from config.load import load_config
+from config.schema import Config
+from core.errors import UserError
+from models.build import build_model
+from models.dit import DiT
+
+CONFIG_FILE = "config.yaml"
+STATE_FILE = "state.json"
+STEP_FOLDER = "step_*"
+
+
+@dataclass
+class Pretrained:
+    """A model with its weights, the config it was trained with, and the checkpoint's state."""
+
+    model: DiT
+    config: Config
+    state: dict[str, Any]
+    path: Path
+
+
+def load_pretrained(path: Path, weights: Literal["ema", "model"] = "ema") -> Pretrained:
+    """The model of a checkpoint, in evaluation mode on the CPU.
+
+    Args:
+        path: a checkpoint folder, or a run folder, whose newest checkpoint is taken.
+        weights: the averaged weights or the live ones.
+
+    Raises:
+        UserError: when there is no checkpoint, a file is damaged, or weights and config differ.
+    """
+    folder = find_checkpoint(path)
+    config = load_config(folder / CONFIG_FILE)
+    model = build_model(config.model)
+    load_weights(model, folder / f"{weights}.safetensors")
+    return Pretrained(model.eval(), config, read_state(folder), folder)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """`path` if it is a checkpoint folder, else the newest checkpoint of the run at `path`."""
+    if (path / STATE_FILE).is_file():
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise UserError(
+            f"{path}: no checkpoint here; wanted: a folder <run>/checkpoints/{STEP_FOLDER} with "
+            f"{STATE_FILE}, or a run folder that has one"
+        )
+    return newest
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The finished checkpoint of a run with the most steps, None if there is none."""
+    found = sorted((run_dir / "checkpoints").glob(STEP_FOLDER))
+    return next((f for f in reversed(found) if (f / STATE_FILE).is_file()), None)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint."""
+    try:
+        return json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / STATE_FILE}: not readable: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, by name.
+
+    Raises:
+        UserError: naming the file, when it is missing, truncated or not of that format.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Parameters and buffers of `module` by name."""
+    save_file({name: t.detach().contiguous() for name, t in module.state_dict().items()}, path)
+
+
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill `module` from a file that holds exactly its parameters and buffers.
+
+    Raises:
+        UserError: naming the first differences between file and model.
+    """
+    found, wanted = read_tensors(path), module.state_dict()
+    differences = [f"{n} is missing in the file" for n in wanted if n not in found]
+    differences += [f"{n} is not in the model" for n in found if n not in wanted]
+    differences += [
+        f"{n} is {tuple(found[n].shape)} in the file, {tuple(wanted[n].shape)} in the model"
+        for n in wanted
+        if n in found and found[n].shape != wanted[n].shape
+    ]
+    if differences:
+        more = f" (and {len(differences) - 2} more)" if len(differences) > 2 else ""
+        raise UserError(f"{path}: another architecture: {'; '.join(differences[:2])}{more}")
+    module.load_state_dict(found)

@@ -1,0 +1,1 @@
+"""From a trained model to images: guidance, seeded noise, blocks of samples."""

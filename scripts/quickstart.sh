@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The main job on real handwritten digits, minutes on two CPU cores: image folder -> cached
+# latents -> training -> samples -> scores. Finished stages are skipped; --fresh starts over.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+case "${1:-}" in
+    "") ;;
+    --fresh) rm -rf runs/quickstart ;;
+    *) echo "usage: bash scripts/quickstart.sh [--fresh]" >&2; exit 2 ;;
+esac
+
+source scripts/environment.sh
+use_environment ""
+
+run=runs/quickstart
+cores=$(getconf _NPROCESSORS_ONLN)
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
+processes=$((gpus > 0 ? gpus : cores))
+processes=$((processes > 2 ? 2 : processes))
+export OMP_NUM_THREADS=$((cores / processes > 0 ? cores / processes : 1))
+launch="torchrun --standalone --nproc_per_node=$processes"
+
+# stage FILE TITLE COMMAND...: run the command unless FILE, its last output, is there.
+stage() {
+    local output="$1" title="$2"
+    shift 2
+    if [ -e "$output" ]; then
+        echo "== $title: done before"
+    else
+        echo "== $title"
+        "$@"
+    fi
+}
+
+stage $run/images "Handwritten digits as an image folder" \
+    python -m data.digits --out $run/images
+stage $run/vae "A small VAE for them" \
+    python -m data.tiny_vae --data $run/images/train --val $run/images/val --out $run/vae
+stage $run/cache/manifest.json "Cache the latents" \
+    $launch main_cache.py --img_size 32 --vae_path $run/vae --batch_size 128 --shard_size 256 \
+    --num_workers 0 --data_path $run/images/train --cached_path $run/cache
+stage $run/train/checkpoints/step_0000900 "Train DiffMoE" \
+    $launch train.py --config config/quickstart.yaml --resume auto
+for scale in 1 2; do
+    stage $run/samples/step_0000900-ema-euler40-cfg$scale-seed0-n500.json \
+        "Sample 500 digits at guidance $scale" \
+        $launch sample_ddp.py --ckpt $run/train --image-size 32 --num-fid-samples 500 \
+        --per-proc-batch-size 125 --cfg-scale $scale --num-sampling-steps 40 \
+        --sample-dir $run/samples
+done
+stage $run/classifier.safetensors "A digit classifier to score them" \
+    python -m evaluations.digits train --data $run/images --out $run/classifier.safetensors
+stage $run/score.json "Score the samples" \
+    python -m evaluations.digits score --data $run/images \
+    --classifier $run/classifier.safetensors --out $run/score.json $run/samples/*.npz
+
+python scripts/quickstart_report.py $run

@@ -1,0 +1,173 @@
+"""Files, bases, flags and names make one config; everything else is refused in one line."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config.load import dump_config, load_config, parse_config
+from config.schema import DenseConfig, DiffMoEConfig, TokenChoiceConfig
+from core.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
+
+
+def parse(*argv, world_size=1):
+    return parse_config([str(a) for a in argv], "train.py", world_size)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_papers_training_setup():
+    config = parse()
+    assert (config.optim.lr, config.optim.betas, config.optim.weight_decay) == (
+        1e-4,
+        (0.9, 0.999),
+        0,
+    )
+    assert (config.optim.ema_decay, config.train.global_batch_size) == (0.9999, 256)
+    assert config.train.micro_batch_size == 64
+    assert config.model.label_dropout == 0.1
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_config_is_valid_and_survives_its_own_dump(path, tmp_path):
+    config = parse("--config", path)
+    again = load_config(write(tmp_path / "config.yaml", dump_config(config)))
+    assert again == config
+
+
+def test_base_holds_what_the_file_leaves_out(tmp_path):
+    write(tmp_path / "base.yaml", "optim: {lr: 0.5, weight_decay: 0.25}\nseed: 3\n")
+    path = write(tmp_path / "run.yaml", "base: base.yaml\noptim: {lr: 1e-4}\n")
+    config = parse("--config", path, "--optim.ema_decay", "0.5")
+    assert (config.optim.lr, config.optim.weight_decay, config.seed) == (1e-4, 0.25, 3)
+    assert config.optim.ema_decay == 0.5
+    assert config.run_dir == "runs/run"
+
+
+def test_flags_win_over_files(tmp_path):
+    path = write(tmp_path / "run.yaml", "optim: {lr: 1.0e-3, betas: [0.8, 0.9]}\n")
+    config = parse("--config", path, "--optim.lr=2e-4", "--data.horizontal_flip", "false")
+    assert (config.optim.lr, config.optim.betas) == (2e-4, (0.8, 0.9))
+    assert config.data.horizontal_flip is False
+
+
+def test_a_name_picks_the_dataclass_of_its_section(tmp_path):
+    path = write(tmp_path / "run.yaml", "model: {feed_forward: {name: token_choice, top_k: 2}}\n")
+    assert parse("--config", path).model.feed_forward == TokenChoiceConfig(top_k=2)
+
+
+def test_changing_a_name_drops_the_keys_of_the_old_one(tmp_path):
+    path = write(
+        tmp_path / "run.yaml",
+        "model: {feed_forward: {name: diffmoe, num_experts: 8, capacity: 2.0}}\n",
+    )
+    for_flags = ["--config", path, "--model.feed_forward.name"]
+    assert parse(*for_flags, "dense").model.feed_forward == DenseConfig()
+    kept = parse(*for_flags, "token_choice").model.feed_forward
+    assert kept == TokenChoiceConfig(num_experts=8)
+    assert parse("--config", path).model.feed_forward == DiffMoEConfig(num_experts=8, capacity=2.0)
+
+
+def test_objective_decides_output_channels_and_sampler_unless_set():
+    flow, ddpm = parse(), parse("--objective.name", "ddpm")
+    assert (flow.model.learn_sigma, flow.sampling.sampler) == (False, "euler")
+    assert (ddpm.model.learn_sigma, ddpm.sampling.sampler) == (True, "ddpm")
+    fixed = parse("--objective.name", "ddpm", "--model.learn_sigma", "false")
+    assert fixed.model.learn_sigma is False
+
+
+def test_size_stands_for_three_keys(tmp_path):
+    path = write(tmp_path / "run.yaml", "model: {size: XL, num_heads: 8}\n")
+    model = parse("--config", path).model
+    assert (model.hidden_size, model.depth, model.num_heads) == (1152, 28, 8)
+    model = parse("--config", path, "--model.size", "B").model
+    assert (model.hidden_size, model.depth, model.num_heads) == (768, 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("optim: {lrr: 1}", r"optim\.lrr: unknown key; did you mean 'lr'\? known here: lr, betas"),
+        ("nonsense: 1", r"nonsense: unknown key"),
+        ("optim: {lr: fast}", r"optim\.lr: 'fast' is not allowed; wanted: float"),
+        ("train: {max_steps: 1.5}", r"train\.max_steps: .*1\.5.* wanted: int"),
+        ("model: 3", r"model: a section of keys is wanted"),
+        ("model: {size: huge}", r"model\.size: unknown 'huge'; known: B, L, S"),
+        ("objective: {name: vdm}", r"objective\.name: unknown 'vdm'; known: ddpm, flow"),
+        (
+            "model: {feed_forward: {name: [diffmoe]}}",
+            r"model\.feed_forward\.name: unknown \['diffmoe'\]",
+        ),
+        ("model: {feed_forward: {class_path: os.system}}", r"class_path: unknown key"),
+        ("class_path: os.system", r"class_path: unknown key"),
+        ("model: {feed_forward: {name: diffmoe, init_args: {}}}", r"init_args: unknown key"),
+        ("- 1", r"a config is a mapping of keys, not list"),
+        ("a: [", r"not a readable YAML file"),
+        ("seed: !!python/object/apply:os.getcwd []", r"not a readable YAML file"),
+        ("base: [a.yaml]", r"base: must be one file name"),
+        ("base: run.yaml", r"base: files form a circle"),
+        ("base: missing.yaml", r"no file .*missing\.yaml"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, wanted):
+    path = write(tmp_path / "run.yaml", text)
+    with pytest.raises(ConfigError, match=wanted):
+        parse("--config", path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "wanted"),
+    [
+        (["--optim.l", "1"], r"unrecognized arguments: --optim\.l"),
+        (["--model", "{hidden_size: 4}"], r"unrecognized arguments: --model"),
+        (["--model.feed_forward.class_path", "os.system"], r"unrecognized arguments"),
+        (["--model.feed_forward.name", "moe"], r"unknown 'moe'; known: dense, diffmoe, expert_"),
+        (["--model.size", "huge"], r"--model\.size: invalid choice: 'huge'"),
+        (["--optim.lr", "fast"], r"optim\.lr: 'fast' is not allowed"),
+        (["--config", "nowhere.yaml"], r"no file .*nowhere\.yaml"),
+        (["--model.feed_forward.pool", "world"], r"pool: 'world' is not allowed; .*'sample', 'ba"),
+    ],
+)
+def test_bad_flags_are_refused(argv, wanted):
+    with pytest.raises(ConfigError, match=wanted):
+        parse(*argv)
+
+
+def test_print_config_prints_what_it_would_run(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        parse("--optim.lr", "0.5", "--print_config")
+    assert stop.value.code == 0
+    printed = write(tmp_path / "config.yaml", capsys.readouterr().out)
+    expected = dataclasses.replace(parse("--optim.lr", "0.5"), run_dir="runs/default")
+    assert load_config(printed) == expected
+
+
+def test_help_names_every_key_with_its_meaning(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--model.feed_forward.name", "token_choice", "--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--model.feed_forward.top_k" in text
+    assert "experts per token, K" in text
+    assert "--model.feed_forward.pool" not in text
+    assert "--optim.lr" in text
+
+
+def test_the_command_ends_with_one_line_and_code_2():
+    run = subprocess.run(
+        [sys.executable, "train.py", "--model.hidden_size", "100"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr.count("\n") == 1
+    assert "model.hidden_size: 100 is not divisible by model.num_heads 6" in run.stderr

@@ -1,0 +1,216 @@
+"""The cache's reader, its errors, and the draws of the dataset."""
+
+import json
+import math
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from config.schema import DataConfig, ModelConfig
+from core.errors import UserError
+from data.images import ImageFolder, load_image, to_float
+from data.latents import (
+    MANIFEST,
+    LatentCache,
+    LatentDataset,
+    Manifest,
+    Shard,
+    check_cache,
+    shard_names,
+)
+from data.vae import VAE
+
+
+@pytest.fixture
+def copied_cache(cache_folder, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(cache_folder, folder)
+    return folder
+
+
+def gaussian_cache(folder, count, mean, logvar, scale=1.0, shift=0.0):
+    """A cache of one latent value per view: `mean` for the image, -`mean` for its mirror."""
+    folder.mkdir()
+    moments = np.empty((count, 2, 2, 1, 1), dtype=np.float32)
+    moments[:, 0, 0], moments[:, 1, 0], moments[:, :, 1] = mean, -mean, logvar
+    names = shard_names(0)
+    np.save(folder / names[0], moments)
+    np.save(folder / names[1], np.zeros(count, dtype=np.int64))
+    shard = Shard(*names, count, *((folder / name).stat().st_size for name in names))
+    manifest = Manifest("x", scale, shift, 1, "none", (1, 1, 1), "float32", ["a"], count, [shard])
+    manifest.write(folder)
+    return LatentCache(folder)
+
+
+def test_properties(cache_folder, vae_folder):
+    cache = LatentCache(cache_folder)
+    assert len(cache) == 23
+    assert cache.class_names == ["class0", "class1", "class2"]
+    assert cache.num_classes == 3
+    assert cache.latent_shape == (3, 8, 8)
+    assert (cache.image_size, cache.vae_path) == (16, str(vae_folder))
+    assert (cache.scaling_factor, cache.shift_factor) == (0.7, 0.3)
+    assert cache.manifest.dtype == "float16"
+    assert cache.manifest.crop == "adm-center"
+    assert [shard.count for shard in cache.manifest.shards] == [10, 10, 3]
+
+
+def test_moments_and_labels_equal_direct_encoding(cache_folder, image_root, vae_folder):
+    cache, folder, vae = LatentCache(cache_folder), ImageFolder(image_root), VAE(str(vae_folder))
+    indices, views = [22, 0, 9, 10, 10, 19], [0, 1, 0, 0, 1, 1]
+    moments = cache.moments(indices, views)
+    assert moments.dtype == torch.float32
+    for row, index, view in zip(moments, indices, views, strict=True):
+        image = to_float(load_image(folder.paths[index], 16))
+        direct = vae.encode_moments((image.flip(-1) if view else image)[None])[0]
+        assert torch.allclose(row, direct, atol=2e-3, rtol=1e-3)
+        assert not torch.allclose(row, vae.encode_moments(image.flip(-1 - view)[None])[0], atol=0.1)
+    labels = cache.labels(torch.tensor(indices))
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [folder.labels[index] for index in indices]
+
+
+def test_folder_without_manifest_is_no_cache(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match="not a finished cache"):
+            LatentCache(folder)
+
+
+@pytest.mark.parametrize("name", ["moments-00001.npy", "labels-00002.npy"])
+def test_truncated_and_missing_files_are_named(copied_cache, name):
+    file = copied_cache / name
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=rf"{name} has \d+ bytes, the manifest says"):
+        LatentCache(copied_cache)
+    file.unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        LatentCache(copied_cache)
+
+
+def test_other_version_and_damaged_manifest(copied_cache):
+    path = copied_cache / MANIFEST
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"version": 2}))
+    with pytest.raises(UserError, match="has version 2, this code reads 1"):
+        LatentCache(copied_cache)
+    path.write_text(json.dumps({"version": 1, "shards": []}))
+    with pytest.raises(UserError, match="is damaged"):
+        LatentCache(copied_cache)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="has version None"):
+        LatentCache(copied_cache)
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot read"):
+        LatentCache(copied_cache)
+
+
+def test_guard_names_both_sides(cache_folder):
+    cache = LatentCache(cache_folder)
+    data = DataConfig(image_size=16)
+    good = {"input_size": 8, "in_channels": 3, "num_classes": 3}
+    check_cache(cache, data, ModelConfig(**good))
+    with pytest.raises(UserError, match=r"num_classes: 1000 is configured, .* has 3"):
+        check_cache(cache, data, ModelConfig(**good | {"num_classes": 1000}))
+    with pytest.raises(UserError, match=r"\(4, 8, 8\) is configured, .* has \(3, 8, 8\)"):
+        check_cache(cache, data, ModelConfig(**good | {"in_channels": 4}))
+    with pytest.raises(UserError, match=r"image_size: 256 is configured, .* has 16"):
+        check_cache(cache, DataConfig(), ModelConfig(**good))
+
+
+def test_draws_do_not_depend_on_grouping(cache_folder):
+    dataset = LatentDataset(LatentCache(cache_folder), seed=5)
+    items = [(epoch, index) for epoch in (0, 1) for index in range(23)]
+    latents, labels = dataset.__getitems__(items)
+    assert latents.shape == (46, 3, 8, 8)
+    assert latents.dtype == torch.float32
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(99)
+    for part in order.split(7):
+        again, again_labels = dataset.__getitems__([items[i] for i in part])
+        assert torch.equal(again, latents[part])
+        assert torch.equal(again_labels, labels[part])
+    single, label = dataset[(1, 4)]
+    assert torch.equal(single, latents[27])
+    assert label == labels[27]
+
+
+def test_epoch_seed_and_index_change_the_draw(cache_folder):
+    cache = LatentCache(cache_folder)
+    dataset = LatentDataset(cache, seed=5)
+    first = dataset[(0, 3)][0]
+    assert torch.equal(first, LatentDataset(cache, seed=5)[(0, 3)][0])
+    for other in (dataset[(1, 3)], dataset[(0, 4)], LatentDataset(cache, seed=6)[(0, 3)]):
+        assert not torch.allclose(first, other[0])
+
+
+def test_draw_is_the_scaled_posterior(tmp_path):
+    count, scale, shift = 20_000, 0.5, 1.0
+    cache = gaussian_cache(tmp_path / "g", count, 3.0, math.log(4.0), scale, shift)
+    dataset = LatentDataset(cache, seed=0, horizontal_flip=False)
+    values = dataset.__getitems__([(0, index) for index in range(count)])[0].double().flatten()
+    # Five standard errors of the mean and of the variance.
+    deviation = 2.0 * scale
+    assert values.mean().item() == pytest.approx(
+        (3 - shift) * scale, abs=5 * deviation / count**0.5
+    )
+    assert values.var().item() == pytest.approx(
+        deviation**2, abs=5 * deviation**2 * (2 / count) ** 0.5
+    )
+    standard = (values - (3 - shift) * scale) / deviation
+    within = (standard.abs() < 1).double().mean().item()
+    assert within == pytest.approx(math.erf(2**-0.5), abs=5 * 0.5 / count**0.5)
+
+
+def test_half_of_the_draws_are_mirrored_and_the_switch_keeps_the_noise(tmp_path):
+    count = 4000
+    cache = gaussian_cache(tmp_path / "g", count, 50.0, 0.0)
+    items = [(7, index) for index in range(count)]
+    both = LatentDataset(cache, seed=0).__getitems__(items)[0].flatten()
+    plain = LatentDataset(cache, seed=0, horizontal_flip=False).__getitems__(items)[0].flatten()
+    mirrored = both < 0
+    assert mirrored.double().mean().item() == pytest.approx(0.5, abs=5 * 0.5 / count**0.5)
+    assert (plain > 0).all()
+    assert torch.allclose(both + 100.0 * mirrored, plain, atol=1e-4)
+
+
+def test_pickled_reader_reopens_its_files(cache_folder):
+    cache = LatentCache(cache_folder)
+    expected = cache.moments([1, 15], [0, 1])
+    cache.labels([0])
+    content = pickle.dumps(cache)
+    assert len(content) < 5000
+    copied = pickle.loads(content)
+    assert torch.equal(copied.moments([1, 15], [0, 1]), expected)
+    assert torch.equal(copied.labels([1, 15]), cache.labels([1, 15]))
+
+
+def test_few_files_stay_open(cache_folder, monkeypatch):
+    monkeypatch.setattr("data.latents.MAX_OPEN_SHARDS", 1)
+    cache = LatentCache(cache_folder)
+    together = cache.moments([0, 10, 20, 0], [0, 0, 0, 1])
+    assert len(cache._maps) == 1
+    apart = [cache.moments([index], [view]) for index, view in ((0, 0), (10, 0), (20, 0), (0, 1))]
+    assert torch.equal(together, torch.cat(apart))
+
+
+def as_it_is(batch):
+    return batch
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_change_nothing(cache_folder, method):
+    dataset = LatentDataset(LatentCache(cache_folder), seed=1)
+    batches = [[(epoch, i) for i in range(first, 23, 3)] for epoch in (0, 1) for first in range(3)]
+
+    def load(**options):
+        return list(DataLoader(dataset, batch_sampler=batches, collate_fn=as_it_is, **options))
+
+    alone = load(num_workers=0)
+    shared = load(num_workers=2, multiprocessing_context=method)
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])

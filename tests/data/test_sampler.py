@@ -1,0 +1,43 @@
+"""The order of training samples."""
+
+import pytest
+
+from core.errors import UserError
+from data.sampler import MicroBatches
+
+
+def order(steps=range(6), rank=0, world_size=1, seed=0, micro=2, total=50):
+    sampler = MicroBatches(total, 8, micro, rank, world_size, seed, steps)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    return batches
+
+
+def test_an_epoch_takes_every_sample_at_most_once():
+    indices = [index for batch in order() for _, index in batch]
+    assert len(set(indices)) == len(indices) == 48
+    assert {epoch for batch in order() for epoch, _ in batch} == {0}
+    later = order(range(6, 12))
+    assert {epoch for batch in later for epoch, _ in batch} == {1}
+    assert [i for b in later for _, i in b] != indices
+
+
+def test_resuming_goes_on_where_it_stopped():
+    assert order(range(20))[4 * 9 :] == order(range(9, 20))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_token_pools_do_not_depend_on_the_number_of_processes(world_size):
+    parts = [order(rank=rank, world_size=world_size) for rank in range(world_size)]
+    interleaved = [batch for row in zip(*parts, strict=True) for batch in row]
+    assert interleaved == order()
+
+
+def test_seeds_give_other_orders():
+    assert order(seed=0) == order(seed=0)
+    assert order(seed=0) != order(seed=1)
+
+
+def test_a_data_set_smaller_than_a_batch_is_refused():
+    with pytest.raises(UserError, match="8 is more than the 7 training images"):
+        order(total=7)

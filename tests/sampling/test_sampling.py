@@ -1,0 +1,149 @@
+"""Guidance, capacity, seeded samples in blocks, grids."""
+
+import numpy as np
+import pytest
+import torch
+
+from config.schema import DiffMoEConfig, ModelConfig, SamplingConfig
+from core.distributed import Processes
+from core.types import ModelOutput, RoutingRecord
+from models.build import build_model
+from sampling.generate import Sampler, generate_set
+from sampling.grid import image_grid, save_png
+from sampling.guidance import CapacityMeter, Guided
+from transport.objective import RectifiedFlow
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def record(*counts, tokens=4):
+    return RoutingRecord(torch.tensor(counts), tokens)
+
+
+class Conditioned:
+    """Predicts its condition; the second half of the channels is a variance."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, x, t, cond):
+        self.calls.append(cond.tolist())
+        y = cond.float()[:, None, None, None].expand(-1, 2, 1, 1)
+        return ModelOutput(y, [record([1, 2], [3, 4]), record([2, 2], [2, 2])])
+
+
+def null(cond):
+    return torch.full_like(cond, 9)
+
+
+def test_guidance_moves_away_from_the_unconditional_side():
+    model, cond = Conditioned(), torch.tensor([1, 2])
+    x, t = torch.zeros(2, 1, 1, 1), torch.zeros(2)
+    output = Guided(model, null, 1.5)(x, t, cond)
+    assert output.prediction[:, 0].flatten().tolist() == [9 + 1.5 * (1 - 9), 9 + 1.5 * (2 - 9)]
+    assert output.prediction[:, 1].flatten().tolist() == [1, 2]
+    assert model.calls == [[1, 2], [9, 9]]
+    assert len(output.routing) == 4
+
+
+def test_no_guidance_is_one_call():
+    model, cond = Conditioned(), torch.tensor([1, 2])
+    output = Guided(model, null, 1)(torch.zeros(2, 1, 1, 1), torch.zeros(2), cond)
+    assert output.prediction[:, 0].flatten().tolist() == [1, 2]
+    assert model.calls == [[1, 2]]
+
+
+def test_capacity_is_the_mean_over_layers_and_calls():
+    """Eq. 9 and 15 with E = 2, S = 4: pairs per token."""
+    meter = CapacityMeter(Conditioned())
+    x, t, cond = torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.tensor([1, 2])
+    meter(x, t, cond)
+    expected = [(3 / 4 + 4 / 4) / 2, (7 / 4 + 4 / 4) / 2]
+    assert meter.capacity().tolist() == expected
+    meter(x, t, cond)
+    assert meter.capacity().tolist() == expected
+
+
+def test_a_dense_model_has_no_capacity():
+    meter = CapacityMeter(lambda x, t, cond: ModelOutput(x))
+    meter(torch.zeros(1), torch.zeros(1), torch.zeros(1))
+    assert meter.capacity() is None
+
+
+class PlainDecoder:
+    """Stands for a VAE: the first three channels are the image."""
+
+    def decode(self, latents):
+        return latents[:, :3]
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    torch.manual_seed(0)
+    layer = DiffMoEConfig(num_experts=4)
+    shape = {"input_size": 4, "patch_size": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
+    model = build_model(ModelConfig(**shape, num_classes=3, feed_forward=layer)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.blocks[1].feed_forward.router.predictor.thresholds.fill_(0.5)
+    settings = SamplingConfig(sampler="euler", num_steps=3, cfg_scale=2.0)
+    return Sampler(model, RectifiedFlow(), settings, (4, 4, 4), 3, 7, torch.device("cpu"))
+
+
+def run(sampler, path, processes=ALONE, num_samples=10):
+    return generate_set(sampler, PlainDecoder(), num_samples, 4, path, processes)
+
+
+def test_a_set_has_its_images_labels_and_capacity(sampler, tmp_path):
+    result = run(sampler, tmp_path / "a.npz")
+    with np.load(result.path, allow_pickle=False) as archive:
+        images, labels = archive["arr_0"], archive["labels"]
+    assert (images.shape, images.dtype) == ((10, 4, 4, 3), np.uint8)
+    assert labels.tolist() == [sampler.label(i) for i in range(10)] == result.labels.tolist()
+    np.testing.assert_array_equal(result.first.numpy(), images)
+    latents, _ = sampler.latents(range(4), [sampler.label(i) for i in range(4)])
+    pixels = (127.5 * latents[:, :3] + 128).clamp(0, 255).to(torch.uint8)
+    np.testing.assert_array_equal(images[:4], pixels.permute(0, 2, 3, 1).numpy())
+    kept = [
+        sampler.latents(range(j, j + 4), [sampler.label(i) for i in range(j, j + 4)])[1]
+        for j in (0, 4, 8)
+    ]
+    assert result.capacity == pytest.approx(torch.cat(kept)[:10].mean().item(), rel=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz"]
+
+
+def test_a_longer_set_begins_with_the_shorter_one(sampler, tmp_path):
+    """The last block is computed full, although routing looks at the whole batch."""
+    short, long = run(sampler, tmp_path / "a.npz"), run(sampler, tmp_path / "b.npz", ALONE, 16)
+    assert torch.equal(short.first, long.first[:10])
+
+
+def test_more_processes_than_blocks_leave_some_idle(sampler, tmp_path):
+    class Silent(Processes):
+        def barrier(self):
+            pass
+
+    path = tmp_path / "a.npz"
+    whole = run(sampler, tmp_path / "whole.npz", num_samples=3)
+    main = Silent(0, 2, torch.device("cpu"))
+    result = run(sampler, path, main, num_samples=3)
+    assert run(sampler, path, Silent(1, 2, torch.device("cpu")), num_samples=3) is None
+    assert torch.equal(result.first, whole.first)
+
+
+def test_labels_are_uniform_and_seeded(sampler):
+    labels = [sampler.label(i) for i in range(3000)]
+    assert np.bincount(labels).min() > 900
+    assert max(labels) == 2
+
+
+def test_grid(tmp_path):
+    images = torch.arange(5)[:, None, None, None].expand(5, 2, 2, 3).to(torch.uint8)
+    grid = image_grid(images, gap=1)
+    assert grid.shape == (5, 8, 3)
+    assert grid[0, 0].tolist() == [0, 0, 0]
+    assert grid[3, 3].tolist() == [4, 4, 4]
+    assert grid[2].unique().tolist() == [255]
+    assert grid[3, 6].tolist() == [255, 255, 255]
+    save_png(grid, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,228 @@
+"""The main job on a tiny setting: cache, train, sample, by the functions and by the commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from config.load import parse_config
+from config.schema import FEED_FORWARDS, OBJECTIVES
+from core.distributed import Processes
+from core.errors import UserError
+from models.pretrained import load_pretrained
+from sampling.command import parse_flags, sample_from_checkpoint
+from training.trainer import train
+
+ROOT = Path(__file__).parents[1]
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def tiny_config(tmp_path_factory, cache_folder, vae_folder):
+    """A config file for the small cache: 23 images, 3 classes, latents 3 x 8 x 8."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(
+        f"""
+base: {ROOT}/config/quickstart.yaml
+data: {{cached_path: {cache_folder}, vae_path: {vae_folder}, image_size: 16}}
+model:
+  {{input_size: 8, in_channels: 3, patch_size: 2, hidden_size: 16, depth: 2, num_heads: 2,
+    num_classes: 3, feed_forward: {{num_experts: 4}}}}
+train:
+  {{max_steps: 4, global_batch_size: 8, micro_batch_size: 4, log_every: 2, ckpt_every: 2,
+    sample_every: 0, num_grid_samples: 3}}
+sampling: {{num_steps: 3, cfg_scale: 1.5}}
+"""
+    )
+    return path
+
+
+def run_training(config, run_dir, *flags):
+    argv = ["--config", config, "--run_dir", run_dir, *flags]
+    train(parse_config([str(a) for a in argv], "train.py"), ALONE)
+    return run_dir
+
+
+def run_sampling(ckpt, out, *flags):
+    argv = ["--ckpt", ckpt, "--sample-dir", out, "--num-fid-samples", 5]
+    argv += ["--per-proc-batch-size", 4, *flags]
+    sample_from_checkpoint(parse_flags([str(a) for a in argv]), ALONE)
+    return json.loads(next(out.glob("*.json")).read_text())
+
+
+def torchrun(processes, *argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", *map(str, argv)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config, tmp_path_factory):
+    """A finished run of DiffMoE with flow, and what it wrote."""
+    run_dir = tmp_path_factory.mktemp("runs") / "diffmoe"
+    return run_training(tiny_config, run_dir, "--train.sample_every", "2")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("layer", FEED_FORWARDS)
+def test_every_layer_trains_and_samples_with_every_objective(
+    layer, objective, tiny_config, tmp_path
+):
+    names = ["--model.feed_forward.name", layer, "--objective.name", objective]
+    run_dir = run_training(tiny_config, tmp_path / "run", *names)
+    entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    expected = {"flow": {"mse"}, "ddpm": {"mse", "vb"}}[objective]
+    expected |= {"token_choice": {"balance"}, "diffmoe": {"capacity"}}.get(layer, set())
+    assert {f"loss/{name}" for name in expected} <= entries[0].keys()
+    assert all(np.isfinite(value) for entry in entries for value in entry.values())
+    record = run_sampling(run_dir, tmp_path / "samples")
+    assert (record["objective"], record["feed_forward"]) == (objective, layer)
+    if layer == "dense":
+        assert record["capacity_infer"] is None
+    if layer in ("token_choice", "expert_choice"):
+        assert record["capacity_infer"] == pytest.approx(1.0)
+    with np.load(next((tmp_path / "samples").glob("*.npz"))) as samples:
+        assert samples["arr_0"].shape == (5, 16, 16, 3)
+
+
+def test_a_run_leaves_config_logs_pictures_and_checkpoints(trained):
+    assert [p.name for p in sorted((trained / "checkpoints").iterdir())] == [
+        "step_0000002",
+        "step_0000004",
+    ]
+    assert list((trained / "tensorboard").glob("events*"))
+    assert [p.name for p in sorted((trained / "samples").iterdir())] == [
+        "step_0000002.png",
+        "step_0000004.png",
+    ]
+    assert load_pretrained(trained).config.run_dir == str(trained)
+    assert (trained / "config.yaml").read_text().startswith("seed: 0")
+
+
+def test_tensorboard_has_losses_capacity_loads_and_grids(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    tags = events.Tags()
+    wanted = {"loss/loss", "loss/mse", "loss/capacity", "capacity/moe_layer_0", "lr"}
+    assert wanted <= set(tags["scalars"])
+    assert "tokens_per_expert/moe_layer_0" in tags["histograms"]
+    assert [e.step for e in events.Images("samples/ema")] == [2, 4]
+
+
+def test_training_goes_on_where_it_stopped(tiny_config, tmp_path):
+    whole = run_training(tiny_config, tmp_path / "whole", "--train.max_steps", "6")
+    run_training(tiny_config, tmp_path / "parts")
+    parts = run_training(
+        tiny_config, tmp_path / "parts", "--train.max_steps", "6", "--resume", "auto"
+    )
+    for weights in ("model", "ema"):
+        one, other = (load_pretrained(run, weights).model.state_dict() for run in (whole, parts))
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), name
+    steps = [json.loads(x)["step"] for x in (parts / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+
+
+def test_a_finished_run_stays_as_it_is(tiny_config, trained):
+    before = (trained / "metrics.jsonl").read_text()
+    run_training(tiny_config, trained, "--resume", "auto")
+    assert (trained / "metrics.jsonl").read_text() == before
+
+
+def test_flags_override_the_checkpoints_settings(trained, tmp_path):
+    flags = ["--cfg-scale", 1, "--num-sampling-steps", 2, "--sampler", "heun", "--global-seed", 9]
+    record = run_sampling(trained, tmp_path, *flags, "--image-size", 16, "--num-classes", 3)
+    found = [record[k] for k in ("cfg_scale", "num_steps", "sampler", "global_seed")]
+    assert found == [1.0, 2, "heun", 9]
+    assert sum(record["label_counts"]) == record["num_samples"] == 5
+    assert record["capacity_infer"] > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--image-size", 256], r"--image-size: 256 is not allowed; .*step_0000004 has 16"),
+        (["--num-classes", 1000], r"--num-classes: 1000 is not allowed"),
+        (["--sampler", "ddim"], r"--sampler \(objective flow\): unknown 'ddim'; known: dopri5"),
+        (["--vae", "/nowhere"], r"vae_path: '/nowhere' is not a folder"),
+        (["--weights", "model", "--ckpt", "/nowhere"], r"/nowhere: no checkpoint here"),
+    ],
+)
+def test_sampling_refuses_what_does_not_fit(flags, wanted, trained, tmp_path):
+    with pytest.raises(UserError, match=wanted):
+        run_sampling(trained, tmp_path, *flags)
+
+
+def test_sampling_refuses_a_vae_of_another_scale(trained, tmp_path, vae_folder):
+    other = tmp_path / "vae"
+    other.mkdir()
+    for file in vae_folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    with pytest.raises(UserError, match=r"scaling_factor 0\.5, the checkpoint's latents 0\.7"):
+        run_sampling(trained, tmp_path / "samples", "--vae", other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--data.cached_path", "/nowhere"], r"/nowhere is not a finished cache"),
+        (["--model.num_classes", "10"], r"model\.num_classes: 10 is configured, but .* has 3"),
+        (["--data.image_size", "32"], r"data\.image_size: 32 is configured, but .* has 16"),
+        (["--model.in_channels", "4"], r"in_channels and input_size: \(4, 8, 8\) is configured"),
+        (["--train.global_batch_size", "24"], r"24 is more than the 23 training images"),
+        (["--data.vae_path", "/nowhere", "--train.sample_every", "1"], r"vae_path: '/nowhere'"),
+    ],
+)
+def test_training_refuses_data_that_does_not_fit(flags, wanted, tiny_config, tmp_path):
+    with pytest.raises(UserError, match=wanted):
+        run_training(tiny_config, tmp_path / "run", *flags)
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_train_alike_and_sample_the_same_images(
+    tiny_config, trained, tmp_path
+):
+    """Two processes through torchrun; training differs in the order of sums, images do not."""
+    run = tmp_path / "two"
+    torchrun(2, "train.py", "--config", tiny_config, "--run_dir", run, "--device", "cpu")
+    one, two = load_pretrained(trained, "model"), load_pretrained(run, "model")
+    for name, tensor in one.model.state_dict().items():
+        torch.testing.assert_close(two.model.state_dict()[name], tensor, rtol=1e-3, atol=2e-4)
+    archives = []
+    for count in (1, 2):
+        out = tmp_path / f"samples{count}"
+        flags = ["--ckpt", trained, "--sample-dir", out, "--num-fid-samples", 10]
+        flags += ["--per-proc-batch-size", 4, "--device", "cpu", "--image-size", 16]
+        torchrun(count, "sample_ddp.py", *flags)
+        archives.append(np.load(next(out.glob("*.npz"))))
+        assert next(out.glob("*.png")).stat().st_size > 0
+        assert json.loads(next(out.glob("*.json")).read_text())["world_size"] == count
+    assert len(archives[0]["arr_0"]) == 10
+    np.testing.assert_array_equal(archives[0]["arr_0"], archives[1]["arr_0"])
+    np.testing.assert_array_equal(archives[0]["labels"], archives[1]["labels"])
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample_ddp.py", "main_cache.py"])
+def test_help_of_the_commands(script):
+    done = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    flags = {
+        "train.py": "--config --optim.lr --resume --model.feed_forward.num_experts",
+        "sample_ddp.py": "--ckpt --image-size --num-classes --cfg-scale --num-sampling-steps "
+        "--global-seed --per-proc-batch-size --num-fid-samples --sample-dir --vae --tf32 "
+        "--sampler --sampling-method --atol --rtol",
+        "main_cache.py": "--img_size --vae_path --data_path --cached_path --batch_size",
+    }
+    for flag in flags[script].split():
+        assert flag in done.stdout

@@ -1,0 +1,1 @@
+"""The trainer: one optimizer step, averages, router state, checkpoints, telemetry."""

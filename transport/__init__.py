@@ -1,0 +1,1 @@
+"""Rectified flow: straight paths from noise to data, and the solvers that follow them."""
