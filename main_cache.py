@@ -6,6 +6,7 @@ CPU each of them encodes on one thread, so start as many as there are cores.
 """
 
 import argparse
+import os
 
 from core.distributed import processes
 from core.errors import command
@@ -38,7 +39,8 @@ def parse() -> argparse.Namespace:
         help="VAE: a hub id, a local folder made by save_pretrained, mse or ema",
     )
     flag("batch_size", type=positive, default=128, help="images per forward pass")
-    flag("num_workers", type=natural, default=4, help="image-reading processes of each process")
+    workers = min(4, os.cpu_count() or 1)
+    flag("num_workers", type=natural, default=workers, help="reading processes of each process")
     flag("shard_size", type=positive, default=4096, help="images per file")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of stored moments")
     parser.add_argument(

@@ -43,7 +43,8 @@ class RoutingRecord:
         losses: auxiliary losses by name, scalars already multiplied by their weight.
         quantiles: (E,) k-th largest capacity prediction of each expert (Eq. 17), detached;
             None where the layer keeps no thresholds or is not training.
-        capacity_logits: (B * S, E) output of the capacity predictor before the sigmoid, or None.
+        capacity_logits: (B * S, E) output of the capacity predictor before the sigmoid, detached;
+            None without one.
         capacity_targets: (B * S, E) 1 where the expert took the token (Eq. 13), or None.
     """
 

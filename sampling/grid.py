@@ -15,11 +15,11 @@ def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tens
 
     Args:
         images: in the order of reading.
-        columns: images in a row; by default the smallest square that holds all.
+        columns: images in a row; by default 10, or fewer where a square needs fewer.
         gap: pixels between images.
     """
     N, H, W, _ = images.shape
-    columns = columns or math.ceil(math.sqrt(N))
+    columns = columns or (10 if N >= 40 else math.ceil(math.sqrt(N)))
     rows = math.ceil(N / columns)
     grid = torch.full(
         (rows * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, dtype=torch.uint8

@@ -1,5 +1,7 @@
 """Wrappers around a model while it samples: classifier-free guidance, capacity meter."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,9 @@ class Guided:
         cfg_scale: 1 leaves the unconditional call out.
     """
 
-    def __init__(self, model: Model, null_condition, cfg_scale: float):
+    def __init__(
+        self, model: Model, null_condition: Callable[[Tensor], Tensor], cfg_scale: float
+    ):
         self.model = model
         self.null_condition = null_condition
         self.cfg_scale = cfg_scale

@@ -19,6 +19,8 @@ gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 processes=$((gpus > 0 ? gpus : cores))
 processes=$((processes > 2 ? 2 : processes))
 export OMP_NUM_THREADS=$((cores / processes > 0 ? cores / processes : 1))
+steps=$(sed -n 's/^  max_steps: //p' config/quickstart.yaml)
+checkpoint=$(printf 'step_%07d' "$steps")
 launch="torchrun --standalone --nproc_per_node=$processes"
 
 # stage FILE TITLE COMMAND...: run the command unless FILE, its last output, is there.
@@ -40,10 +42,10 @@ stage $run/vae "A small VAE for them" \
 stage $run/cache/manifest.json "Cache the latents" \
     $launch main_cache.py --img_size 32 --vae_path $run/vae --batch_size 128 --shard_size 256 \
     --num_workers 0 --data_path $run/images/train --cached_path $run/cache
-stage $run/train/checkpoints/step_0000900 "Train DiffMoE" \
+stage $run/train/checkpoints/$checkpoint "Train DiffMoE" \
     $launch train.py --config config/quickstart.yaml --resume auto
 for scale in 1 2; do
-    stage $run/samples/step_0000900-ema-euler40-cfg$scale-seed0-n500.json \
+    stage $run/samples/$checkpoint-ema-euler40-cfg$scale-seed0-n500.json \
         "Sample 500 digits at guidance $scale" \
         $launch sample_ddp.py --ckpt $run/train --image-size 32 --num-fid-samples 500 \
         --per-proc-batch-size 125 --cfg-scale $scale --num-sampling-steps 40 \

@@ -211,6 +211,32 @@ def test_one_and_two_processes_train_alike_and_sample_the_same_images(
     np.testing.assert_array_equal(archives[0]["labels"], archives[1]["labels"])
 
 
+def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "train").symlink_to(trained)
+    marks = {"samples": 5, "accuracy": 0.5, "precision": 0.25, "recall": 0.125, "FD-digits": 2.0}
+    files = {}
+    for scale in (1, 2):
+        run_sampling(trained, run / "samples", "--cfg-scale", scale)
+    for path in (run / "samples").glob("*.npz"):
+        files[str(path)] = marks
+    score = {"settings": {"train_images": 23}, "heldout_accuracy": 0.98, "files": files}
+    (run / "score.json").write_text(json.dumps(score | {"train_to_heldout": {"FD-digits": 0.5}}))
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "quickstart_report.py", run],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = dict(line.rsplit("  ", 1) for line in done.stdout.split("\n\n")[0].strip().split("\n"))
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert (rows["training images"], rows["steps"]) == ("23", "4")
+    assert rows["class accuracy of 5, guidance 2"] == "0.5000"
+    assert rows["FD-digits, training to held-out"] == "0.500"
+    assert float(rows["mean C_infer, guidance 1"]) > 0
+
+
 @pytest.mark.parametrize("script", ["train.py", "sample_ddp.py", "main_cache.py"])
 def test_help_of_the_commands(script):
     done = subprocess.run(

@@ -78,7 +78,8 @@ class Telemetry:
         means = self.processes.all_reduce_mean(means).tolist()
         rate = self.steps * self.batch / (time.perf_counter() - self.since)
         scalars = {f"loss/{n}": v for n, v in zip(names, means, strict=True)}
-        scalars |= {f"capacity/{n}": v.item() for n, v in routing.capacity.items()}
+        for name, capacity in routing.capacity.items():
+            scalars[f"capacity/{name}"] = self.processes.all_reduce_mean(capacity).item()
         for name, load in loads.items():
             scalars[f"max_load/{name}"] = (load.max() / load.mean()).item()
         scalars |= {"lr": lr, "images_per_second": rate}

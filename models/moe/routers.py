@@ -116,9 +116,11 @@ class ExpertChoiceRouter(nn.Module):
         else:
             # Multiplied first: T * C / E is then exact wherever it is a whole number.
             plan = top_tokens(scores, min(T, int(T * self.capacity / E)))
-        record = RoutingRecord(count_pairs(plan, B, S), S, capacity_logits=logits)
-        if self.training and logits is not None:
-            self._report_training(record, plan, logits)
+        record = RoutingRecord(count_pairs(plan, B, S), S)
+        if logits is not None:
+            record.capacity_logits = logits.detach()
+            if self.training:
+                self._report_training(record, plan, logits)
         return plan, record
 
     def _report_training(self, record: RoutingRecord, plan: RoutingPlan, logits: Tensor) -> None:
