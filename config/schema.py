@@ -164,10 +164,12 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW at a constant learning rate.
+    """AdamW.
 
     Attributes:
-        lr: learning rate.
+        lr: learning rate; the paper holds it constant.
+        lr_schedule: `constant`, or `cosine` down to 0 at train.max_steps.
+        warmup_steps: steps over which the learning rate first rises from 0 to lr.
         betas: decay of the first and second moment.
         weight_decay: decoupled weight decay.
         ema_decay: decay of the averaged weights, per step.
@@ -175,6 +177,8 @@ class OptimConfig:
     """
 
     lr: float = 1e-4
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     ema_decay: float = 0.9999

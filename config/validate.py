@@ -52,6 +52,7 @@ def _check_ranges(config: Config) -> None:
         "data.image_size": (data.image_size, 1),
         "data.num_workers": (data.num_workers, 0),
         "optim.lr": (optim.lr, 0),
+        "optim.warmup_steps": (optim.warmup_steps, 0),
         "optim.weight_decay": (optim.weight_decay, 0),
         "train.max_steps": (train.max_steps, 1),
         "train.global_batch_size": (train.global_batch_size, 1),

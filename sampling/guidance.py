@@ -22,9 +22,7 @@ class Guided:
         cfg_scale: 1 leaves the unconditional call out.
     """
 
-    def __init__(
-        self, model: Model, null_condition: Callable[[Tensor], Tensor], cfg_scale: float
-    ):
+    def __init__(self, model: Model, null_condition: Callable[[Tensor], Tensor], cfg_scale: float):
         self.model = model
         self.null_condition = null_condition
         self.cfg_scale = cfg_scale

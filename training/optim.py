@@ -1,13 +1,15 @@
-"""The optimizer, and its state by parameter name."""
+"""The optimizer, its learning rate, and its state by parameter name."""
+
+import math
 
 import torch
 from torch import Tensor, nn
 
-from config.schema import OptimConfig
+from config.schema import Config, OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters, at a constant learning rate (Appendix B.1)."""
+    """AdamW over all parameters (Appendix B.1)."""
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -15,6 +17,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=next(model.parameters()).is_cuda,
     )
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate of optimizer step `step` (from 0): a function of it, so nothing to save."""
+    optim = config.optim
+    warmup = min(1.0, (step + 1) / (optim.warmup_steps + 1))
+    if optim.lr_schedule == "constant":
+        return optim.lr * warmup
+    rest = max(0, step - optim.warmup_steps) / max(1, config.train.max_steps - optim.warmup_steps)
+    return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * rest))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

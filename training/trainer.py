@@ -24,7 +24,7 @@ from sampling.objectives import build_objective
 from training import router_state
 from training.checkpoint import resume, save_checkpoint
 from training.ema import EMA
-from training.optim import build_optimizer
+from training.optim import build_optimizer, learning_rate
 from training.step import train_step
 from training.telemetry import Telemetry
 
@@ -71,6 +71,9 @@ class Trainer:
         telemetry = Telemetry(self.config, self.processes, self.step)
         self.model.train()
         while self.step < train.max_steps:
+            lr = learning_rate(self.config, self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
             result = train_step(
                 self.model,
                 self.bare,
@@ -85,7 +88,7 @@ class Trainer:
             router_state.update(self.bare, result.records, self.processes)
             self.ema.update(self.bare, self.step)
             self.step += 1
-            telemetry.step(self.step, result, self.bare, self.optimizer.param_groups[0]["lr"])
+            telemetry.step(self.step, result, self.bare, lr)
             with telemetry.pause():
                 self._write_what_is_due(telemetry)
         telemetry.close()

@@ -14,7 +14,12 @@ from models.pretrained import find_checkpoint, load_pretrained, load_weights, sa
 from training import router_state
 from training.checkpoint import resume, save_checkpoint
 from training.ema import EMA
-from training.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from training.optim import (
+    build_optimizer,
+    learning_rate,
+    load_optimizer_tensors,
+    optimizer_tensors,
+)
 from training.step import train_step
 from transport.objective import RectifiedFlow
 
@@ -208,6 +213,18 @@ def test_optimizer_state_by_name(tmp_path):
     assert fresh.param_groups[0]["lr"] == 0.5
     weight = model.final.linear.weight
     assert torch.equal(fresh.state[weight]["exp_avg"], tensors["final.linear.weight/exp_avg"])
+
+
+def test_learning_rate_is_constant_unless_asked():
+    paper = Config()
+    assert {learning_rate(paper, step) for step in (0, 1, 699_999)} == {1e-4}
+    optim = OptimConfig(lr=2.0, lr_schedule="cosine", warmup_steps=3)
+    config = Config(optim=optim, train=TrainConfig(max_steps=13))
+    rates = [learning_rate(config, step) for step in range(13)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[8] == pytest.approx(1.0)
+    assert rates == sorted(rates[:4]) + sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 0.1
 
 
 def test_quickstart_config_is_the_documented_one():
