@@ -28,12 +28,16 @@ class TokenChoiceConfig:
         num_experts: experts in each MoE layer, N of the paper.
         top_k: experts per token, K.
         balance_loss_weight: weight of the load-balancing loss of each layer; 0 turns it off.
+        shared_mlp: a dense MLP that every token goes through besides, or `none`.
+        shared_intermediate_size: hidden width of the shared MLP.
     """
 
     name: Literal["token_choice"] = "token_choice"
     num_experts: int = 16
     top_k: int = 1
     balance_loss_weight: float = 0.01
+    shared_mlp: Literal["none", "gelu", "swiglu"] = "none"
+    shared_intermediate_size: int = 0
 
 
 @dataclass
@@ -49,7 +53,16 @@ class ExpertChoiceConfig:
         capacity_loss_weight: weight of the predictor's binary cross-entropy, summed over layers.
         threshold_decay: alpha of Eq. 17.
         inference: in evaluation take the top `capacity`, or as many tokens as the predictor
-            puts above the `dynamic` thresholds (Eq. 14, Algorithm 4).
+            puts above the `dynamic` thresholds (Eq. 14, Algorithm 4), or above the `fixed`
+            threshold of all experts (Eq. 16, Table 10).
+        inference_capacity: C of top-k inference where it differs from training (Table 4).
+        fixed_threshold: gamma of `fixed` inference.
+        capacity_schedule: steps (I, II): capacity is num_experts up to step I, falls linearly to
+            `capacity` at step II and stays there. None: constant.
+        round_share_first: tokens per expert int((T / E) * C) as in Algorithm 3, which loses a
+            token for some E (7, 11, 13 ...), instead of int(T * C / E).
+        shared_mlp: a dense MLP that every token goes through besides, or `none`.
+        shared_intermediate_size: hidden width of the shared MLP.
     """
 
     name: Literal["expert_choice"] = "expert_choice"
@@ -59,7 +72,13 @@ class ExpertChoiceConfig:
     capacity_predictor: bool = False
     capacity_loss_weight: float = 1.0
     threshold_decay: float = 0.95
-    inference: Literal["topk", "dynamic"] = "topk"
+    inference: Literal["topk", "dynamic", "fixed"] = "topk"
+    inference_capacity: float | None = None
+    fixed_threshold: float = 0.5
+    capacity_schedule: tuple[int, int] | None = None
+    round_share_first: bool = False
+    shared_mlp: Literal["none", "gelu", "swiglu"] = "none"
+    shared_intermediate_size: int = 0
 
 
 @dataclass
@@ -73,7 +92,7 @@ class DiffMoEConfig(ExpertChoiceConfig):
     name: Literal["diffmoe"] = "diffmoe"
     pool: Literal["sample", "batch"] = "batch"
     capacity_predictor: bool = True
-    inference: Literal["topk", "dynamic"] = "dynamic"
+    inference: Literal["topk", "dynamic", "fixed"] = "dynamic"
 
 
 FeedForwardConfig = DenseConfig | TokenChoiceConfig | ExpertChoiceConfig | DiffMoEConfig
@@ -90,6 +109,8 @@ class ModelConfig:
         hidden_size: width D of the tokens.
         depth: number of blocks.
         num_heads: attention heads; divides hidden_size.
+        head_dim: width of an attention head; by default hidden_size / num_heads.
+        mlp: dense layers and experts are two layers with `gelu`, or a bias-free `swiglu`.
         mlp_ratio: hidden width of a feed-forward layer or expert, in units of hidden_size.
         num_classes: labels are 0 ... num_classes - 1; the null class is num_classes.
         label_dropout: probability of training a sample without its label, for guidance.
@@ -106,6 +127,8 @@ class ModelConfig:
     hidden_size: int = 384
     depth: int = 12
     num_heads: int = 6
+    head_dim: int | None = None
+    mlp: Literal["gelu", "swiglu"] = "gelu"
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     label_dropout: float = 0.1
@@ -218,6 +241,11 @@ class SamplingConfig:
         sampler: flow: euler, heun, dopri5; ddpm: ddpm, ddim. By default euler or ddpm.
         num_steps: steps of the sampler; dopri5 chooses its own.
         cfg_scale: classifier-free guidance scale; 1 is no guidance.
+        cfg_interval: guide only at times low < t < high, as the model counts them; by default
+            always.
+        cfg_channels: guide all channels of the latent, or the first 3 as DiT and SiT do.
+        cfg_pooling: conditional and unconditional half in `separate` calls, or `joint` in one
+            batch, whose tokens a batch-level router then pools.
         atol: absolute tolerance of dopri5.
         rtol: relative tolerance of dopri5.
     """
@@ -225,6 +253,9 @@ class SamplingConfig:
     sampler: str | None = None
     num_steps: int = 250
     cfg_scale: float = 1.0
+    cfg_interval: tuple[float, float] | None = None
+    cfg_channels: Literal["all", "first3"] = "all"
+    cfg_pooling: Literal["separate", "joint"] = "separate"
     atol: float = 1e-6
     rtol: float = 1e-3
 

@@ -24,6 +24,7 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_ranges(config)
     _check_model(config.model)
     _check_experts(config)
+    _check_shared(config.model)
     _check_batch(config, world_size)
     _check_sampling(config)
 
@@ -78,7 +79,7 @@ def _check_ranges(config: Config) -> None:
 
 def _check_model(model: ModelConfig) -> None:
     _require(
-        model.hidden_size % model.num_heads == 0,
+        model.hidden_size % model.num_heads == 0 or model.head_dim is not None,
         f"model.hidden_size: {model.hidden_size} is not divisible by "
         f"model.num_heads {model.num_heads}",
     )
@@ -128,13 +129,39 @@ def _check_experts(config: Config) -> None:
         )
         _require(
             layer.capacity_predictor or layer.inference == "topk",
-            f"{at}.inference: 'dynamic' needs {at}.capacity_predictor true; allowed without: topk",
+            f"{at}.inference: {layer.inference!r} needs {at}.capacity_predictor true; allowed "
+            "without: topk",
+        )
+        _require(
+            layer.inference_capacity is None
+            or (layer.inference == "topk" and 0 < layer.inference_capacity <= layer.num_experts),
+            f"{at}.inference_capacity: {layer.inference_capacity} is not allowed; it belongs to "
+            f"inference 'topk' and lies in (0, num_experts = {layer.num_experts}]",
+        )
+        _require(
+            0 <= layer.fixed_threshold <= 1,
+            f"{at}.fixed_threshold: {layer.fixed_threshold} is not in [0, 1]",
+        )
+        first, second = layer.capacity_schedule or (0, 1)
+        _require(
+            0 <= first < second,
+            f"{at}.capacity_schedule: {layer.capacity_schedule} is not two rising steps",
         )
     if isinstance(layer, TokenChoiceConfig):
         _require(
             layer.num_experts <= tokens * config.train.micro_batch_size,
             f"{at}.num_experts: {layer.num_experts} is more than the "
             f"{tokens * config.train.micro_batch_size} tokens of a micro-batch",
+        )
+
+
+def _check_shared(model: ModelConfig) -> None:
+    layer, at = model.feed_forward, "model.feed_forward"
+    if isinstance(layer, TokenChoiceConfig | ExpertChoiceConfig):
+        _require(
+            (layer.shared_mlp == "none") == (layer.shared_intermediate_size == 0),
+            f"{at}.shared_intermediate_size: {layer.shared_intermediate_size} does not fit "
+            f"shared_mlp {layer.shared_mlp!r}; allowed: 0 for 'none', above 0 otherwise",
         )
 
 

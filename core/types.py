@@ -46,6 +46,7 @@ class RoutingRecord:
         capacity_logits: (B * S, E) output of the capacity predictor before the sigmoid, detached;
             None without one.
         capacity_targets: (B * S, E) 1 where the expert took the token (Eq. 13), or None.
+        plan: which tokens went where, for maps over the image; its gates carry no gradient.
     """
 
     counts: Tensor
@@ -54,6 +55,7 @@ class RoutingRecord:
     quantiles: Tensor | None = None
     capacity_logits: Tensor | None = None
     capacity_targets: Tensor | None = None
+    plan: RoutingPlan | None = None
 
     def capacity_per_sample(self) -> Tensor:
         """(B,) computed pairs per token of each sample: Eq. 8 averaged over the experts."""

@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from core.types import RoutingRecord
-from models.attention import Attention
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -16,14 +15,14 @@ class DiTBlock(nn.Module):
 
     Args:
         hidden_size: D.
-        num_heads: attention heads.
+        attention: (B, S, D) -> (B, S, D).
         feed_forward: (B, S, D) -> ((B, S, D), RoutingRecord or None).
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, feed_forward: nn.Module):
+    def __init__(self, hidden_size: int, attention: nn.Module, feed_forward: nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
+        self.attn = attention
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.feed_forward = feed_forward
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))

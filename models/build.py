@@ -6,7 +6,7 @@ from torch import nn
 
 from config.schema import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from models.dit import DiT
-from models.feed_forward import DenseFeedForward
+from models.feed_forward import DENSE
 from models.moe.capacity import CapacityPredictor
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
@@ -20,22 +20,11 @@ def build_model(config: ModelConfig) -> DiT:
         moe = (block + 1) % config.moe_every == 0
         return FEED_FORWARDS[config.feed_forward.name if moe else "dense"](config)
 
-    return DiT(
-        input_size=config.input_size,
-        in_channels=config.in_channels,
-        out_channels=config.in_channels * (2 if config.learn_sigma else 1),
-        patch_size=config.patch_size,
-        hidden_size=config.hidden_size,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        num_classes=config.num_classes,
-        label_dropout=config.label_dropout,
-        feed_forward=feed_forward,
-    )
+    return DiT(config, feed_forward)
 
 
-def _dense(config: ModelConfig) -> DenseFeedForward:
-    return DenseFeedForward(config.hidden_size, _intermediate_size(config))
+def _dense(config: ModelConfig) -> nn.Module:
+    return DENSE[config.mlp](config.hidden_size, _intermediate_size(config))
 
 
 def _token_choice(config: ModelConfig) -> MoEFeedForward:
@@ -43,7 +32,7 @@ def _token_choice(config: ModelConfig) -> MoEFeedForward:
     router = TokenChoiceRouter(
         config.hidden_size, layer.num_experts, layer.top_k, layer.balance_loss_weight
     )
-    return MoEFeedForward(router, _experts(config))
+    return MoEFeedForward(router, _experts(config), _shared(config))
 
 
 def _expert_choice(config: ModelConfig) -> MoEFeedForward:
@@ -51,21 +40,20 @@ def _expert_choice(config: ModelConfig) -> MoEFeedForward:
     predictor = None
     if layer.capacity_predictor:
         predictor = CapacityPredictor(config.hidden_size, layer.num_experts, layer.threshold_decay)
-    router = ExpertChoiceRouter(
-        config.hidden_size,
-        layer.num_experts,
-        layer.capacity,
-        layer.pool,
-        predictor,
-        layer.capacity_loss_weight,
-        dynamic=layer.inference == "dynamic",
-    )
-    return MoEFeedForward(router, _experts(config))
+    router = ExpertChoiceRouter(config.hidden_size, layer, predictor)
+    return MoEFeedForward(router, _experts(config), _shared(config))
 
 
 def _experts(config: ModelConfig) -> Experts:
     num_experts = config.feed_forward.num_experts
-    return Experts(num_experts, config.hidden_size, _intermediate_size(config))
+    return Experts(num_experts, config.hidden_size, _intermediate_size(config), config.mlp)
+
+
+def _shared(config: ModelConfig) -> nn.Module | None:
+    layer = config.feed_forward
+    if layer.shared_mlp == "none":
+        return None
+    return DENSE[layer.shared_mlp](config.hidden_size, layer.shared_intermediate_size)
 
 
 def _intermediate_size(config: ModelConfig) -> int:

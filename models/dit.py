@@ -6,7 +6,9 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from config.schema import ModelConfig
 from core.types import ModelOutput
+from models.attention import Attention
 from models.blocks import DiTBlock, FinalLayer
 from models.embeddings import LabelEmbedder, TimestepEmbedder
 from models.positions import sincos_2d
@@ -16,46 +18,27 @@ class DiT(nn.Module):
     """A transformer on patches of a latent, conditioned on time and class (Peebles & Xie 2023).
 
     Args:
-        input_size: side of the latent.
-        in_channels: channels of the latent, C.
-        out_channels: channels of the prediction, C or 2 C.
-        patch_size: side of a patch.
-        hidden_size: width D.
-        depth: number of blocks.
-        num_heads: attention heads.
-        num_classes: labels are 0 ... num_classes - 1, the null class is num_classes.
-        label_dropout: share of labels replaced by the null class in training.
+        config: shape of the model; `learn_sigma` doubles the channels of the prediction.
         feed_forward: makes the feed-forward layer of block i.
     """
 
     positions: Tensor
 
-    def __init__(
-        self,
-        input_size: int,
-        in_channels: int,
-        out_channels: int,
-        patch_size: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        num_classes: int,
-        label_dropout: float,
-        feed_forward: Callable[[int], nn.Module],
-    ):
+    def __init__(self, config: ModelConfig, feed_forward: Callable[[int], nn.Module]):
         super().__init__()
-        self.patch_size = patch_size
-        self.out_channels = out_channels
-        self.label_dropout = label_dropout
-        self.patch_embed = PatchEmbed(input_size, patch_size, in_channels, hidden_size)
-        self.time_embed = TimestepEmbedder(hidden_size)
-        self.label_embed = LabelEmbedder(num_classes, hidden_size)
-        grid = input_size // patch_size
-        self.register_buffer("positions", sincos_2d(hidden_size, grid), persistent=False)
+        D, p = config.hidden_size, config.patch_size
+        self.config = config
+        self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
+        self.patch_embed = PatchEmbed(config.input_size, p, config.in_channels, D)
+        self.time_embed = TimestepEmbedder(D)
+        self.label_embed = LabelEmbedder(config.num_classes, D)
+        positions = sincos_2d(D, config.input_size // p)
+        self.register_buffer("positions", positions, persistent=False)
         self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, feed_forward(i)) for i in range(depth)
+            DiTBlock(D, Attention(D, config.num_heads, config.head_dim), feed_forward(i))
+            for i in range(config.depth)
         )
-        self.final = FinalLayer(hidden_size, patch_size**2 * out_channels)
+        self.final = FinalLayer(D, p**2 * self.out_channels)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -64,7 +47,8 @@ class DiT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
         nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.label_embed.table.weight, std=0.02)
@@ -99,10 +83,10 @@ class DiT(nn.Module):
     def drop_condition(self, cond: Tensor, generator: torch.Generator) -> Tensor:
         """`cond` (B,) with a share `label_dropout` of it replaced by "no class"."""
         draw = torch.rand(cond.shape, generator=generator, device=cond.device)
-        return torch.where(draw < self.label_dropout, self.null_condition(cond), cond)
+        return torch.where(draw < self.config.label_dropout, self.null_condition(cond), cond)
 
     def _unpatchify(self, patches: Tensor, size: torch.Size) -> Tensor:
         """(B, S, p * p * C_out), channel fastest, to (B, C_out, H, W)."""
-        p, (H, W) = self.patch_size, size
+        p, (H, W) = self.config.patch_size, size
         grid = patches.view(-1, H // p, W // p, p, p, self.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, H, W)

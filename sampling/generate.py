@@ -60,8 +60,8 @@ class Sampler:
         generators = [generator(self.seed, "sample noise", i) for i in indices]
         draw = SampleNoise(generators, self.latent_shape, self.device)
         cond = torch.tensor(labels, device=self.device)
-        meter = CapacityMeter(self.model)
-        guided = Guided(meter, self.model.null_condition, self.settings.cfg_scale)
+        meter = CapacityMeter(self.model, len(indices))
+        guided = Guided(meter, self.model.null_condition, self.settings)
         latents = self.objective.sample(guided, draw(), cond, self.settings, draw)
         return latents, meter.capacity()
 

@@ -5,54 +5,84 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from config.schema import SamplingConfig
 from core.types import Model, ModelOutput
-from models.dit import DiT
 
 
 class Guided:
     """Classifier-free guidance (Ho & Salimans 2022): u + cfg_scale (c - u).
 
-    Conditional and unconditional halves go through the model in calls of their own, so that
-    guidance does not change what a batch-level router does with the conditional half. Channels
-    beyond those of `x` (a learned variance) stay those of the conditional call.
+    By default the conditional and the unconditional half go through the model in calls of their
+    own, so that guidance does not change what a batch-level router does with the conditional
+    half, and all channels of `x` are guided. Other channels (a learned variance) stay those of
+    the conditional half.
 
     Args:
         model: what is called.
         null_condition: gives the unconditional side of a condition.
-        cfg_scale: 1 leaves the unconditional call out.
+        settings: `cfg_scale`, `cfg_interval`, `cfg_channels`, `cfg_pooling`.
     """
 
-    def __init__(self, model: Model, null_condition: Callable[[Tensor], Tensor], cfg_scale: float):
+    def __init__(
+        self,
+        model: Model,
+        null_condition: Callable[[Tensor], Tensor],
+        settings: SamplingConfig,
+    ):
         self.model = model
         self.null_condition = null_condition
-        self.cfg_scale = cfg_scale
+        self.settings = settings
 
     def __call__(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
-        output = self.model(x, t, cond)
-        if self.cfg_scale == 1:
-            return output
-        free = self.model(x, t, self.null_condition(cond))
-        C = x.shape[1]
-        c, u = output.prediction[:, :C], free.prediction[:, :C]
-        guided = torch.cat([u + self.cfg_scale * (c - u), output.prediction[:, C:]], dim=1)
-        return ModelOutput(guided, output.routing + free.routing)
+        if self.settings.cfg_scale == 1 or not self._inside(t):
+            return self.model(x, t, cond)
+        if self.settings.cfg_pooling == "joint":
+            both = self.model(*(torch.cat([v, v]) for v in (x, t)), self._both(cond))
+            (c, u), routing = both.prediction.chunk(2), both.routing
+        else:
+            output = self.model(x, t, cond)
+            free = self.model(x, t, self.null_condition(cond))
+            c, u, routing = output.prediction, free.prediction, output.routing + free.routing
+        C = 3 if self.settings.cfg_channels == "first3" else x.shape[1]
+        guided = u[:, :C] + self.settings.cfg_scale * (c[:, :C] - u[:, :C])
+        return ModelOutput(torch.cat([guided, c[:, C:]], dim=1), routing)
+
+    def _both(self, cond: Tensor) -> Tensor:
+        return torch.cat([cond, self.null_condition(cond)])
+
+    def _inside(self, t: Tensor) -> bool:
+        """Whether the time, the same for all samples, lies in the open guidance interval."""
+        if self.settings.cfg_interval is None:
+            return True
+        low, high = self.settings.cfg_interval
+        return low < float(t[0]) < high
 
 
 class CapacityMeter:
-    """Measures C_infer: pairs computed per token, averaged over layers and calls (Eq. 9, 15)."""
+    """Measures C_infer: pairs computed per token, averaged over layers and calls (Eq. 9, 15).
 
-    def __init__(self, model: DiT):
+    Args:
+        model: what is called, on whole batches of the samples or on both guidance halves joined.
+        batch_size: samples, B.
+
+    Attributes:
+        calls: evaluations of the model for each sample (NFE); a joined call counts twice.
+    """
+
+    def __init__(self, model: Model, batch_size: int):
         self.model = model
+        self.batch_size = batch_size
         self.calls = 0
         self.total: Tensor | None = None
 
     def __call__(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
         output = self.model(x, t, cond)
+        halves = len(x) // self.batch_size
         if output.routing:
             layers = [record.capacity_per_sample() for record in output.routing]
-            mean = torch.stack(layers).mean(dim=0)
+            mean = torch.stack(layers).mean(dim=0).view(halves, self.batch_size).sum(dim=0)
             self.total = mean if self.total is None else self.total + mean
-        self.calls += 1
+        self.calls += halves
         return output
 
     def capacity(self) -> Tensor | None:

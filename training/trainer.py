@@ -74,6 +74,7 @@ class Trainer:
             lr = learning_rate(self.config, self.step)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
+            router_state.begin_step(self.bare, self.step)
             result = train_step(
                 self.model,
                 self.bare,

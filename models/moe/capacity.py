@@ -27,9 +27,18 @@ class CapacityPredictor(nn.Module):
         """Logits (T, E) float32 for `tokens` (T, D), through which no gradient flows back."""
         return self.mlp(tokens.detach()).float()
 
-    def counts(self, logits: Tensor) -> Tensor:
-        """Tokens above the thresholds (Eq. 14): logits (..., T, E) -> (..., E) int64."""
-        return (logits.sigmoid() > self.thresholds).sum(dim=-2)
+    def counts(self, logits: Tensor, threshold: float | None = None) -> Tensor:
+        """Tokens above a threshold, by default the dynamic ones (Eq. 14).
+
+        Args:
+            logits: (..., T, E).
+            threshold: the same for all experts.
+
+        Returns:
+            (..., E) int64.
+        """
+        limit = self.thresholds if threshold is None else threshold
+        return (logits.sigmoid() > limit).sum(dim=-2)
 
     @torch.no_grad()
     def update_thresholds(self, quantiles: Tensor) -> None:

@@ -10,17 +10,24 @@ from core.types import RoutingPlan
 
 
 class Experts(nn.Module):
-    """E copies of DiT's MLP (biases, tanh-GELU) in one tensor per weight.
+    """E copies of a dense feed-forward layer in one tensor per weight.
 
     Weights lie as (E, in, out), so that a batched product reads each expert's slice as it is.
+    `gelu` experts have biases b1 (E, H) and b2 (E, D); `swiglu` experts have none, and the first
+    weight (E, D, 2 H) holds gate, then up.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int):
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, mlp: str = "gelu"
+    ):
         super().__init__()
-        self.w1 = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-        self.b1 = nn.Parameter(torch.empty(num_experts, intermediate_size))
-        self.w2 = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
-        self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size))
+        E, D, H = num_experts, hidden_size, intermediate_size
+        self.mlp = mlp
+        self.w1 = nn.Parameter(torch.empty(E, D, 2 * H if mlp == "swiglu" else H))
+        self.w2 = nn.Parameter(torch.empty(E, H, D))
+        biased = mlp == "gelu"
+        self.b1 = nn.Parameter(torch.empty(E, H)) if biased else None
+        self.b2 = nn.Parameter(torch.empty(E, D)) if biased else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -29,11 +36,12 @@ class Experts(nn.Module):
 
         `nn.init.xavier_uniform_` on the whole tensor would take the other experts for fan-in.
         """
-        for weight in (self.w1, self.w2):
-            bound = math.sqrt(6 / (weight.shape[1] + weight.shape[2]))
-            weight.uniform_(-bound, bound)
-        self.b1.zero_()
-        self.b2.zero_()
+        bound = math.sqrt(6 / (self.w2.shape[1] + self.w2.shape[2]))
+        self.w1.uniform_(-bound, bound)
+        self.w2.uniform_(-bound, bound)
+        if self.b1 is not None:
+            self.b1.zero_()
+            self.b2.zero_()
 
     def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """Outputs (N, D) of the experts for their tokens `x` (N, D), sorted by expert."""
@@ -44,14 +52,28 @@ class Experts(nn.Module):
     def _batched(self, x: Tensor, capacity: int) -> Tensor:
         """Equal counts: one batched product for all experts, no look at the device."""
         E, D, _ = self.w1.shape
-        h = torch.baddbmm(self.b1[:, None], x.view(E, capacity, D), self.w1)  # (E, K, H)
-        y = torch.baddbmm(self.b2[:, None], F.gelu(h, approximate="tanh"), self.w2)  # (E, K, D)
-        return y.view(E * capacity, D)
+        h = _product(x.view(E, capacity, D), self.w1, self.b1)  # (E, K, H or 2 H)
+        return _product(self._activate(h), self.w2, self.b2).view(E * capacity, D)
 
     def _loop(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         """Counts that vary, down to none: one expert after the other."""
         outputs = []
         for e, rows in enumerate(x.split(tokens_per_expert.tolist())):
-            h = F.gelu(torch.addmm(self.b1[e], rows, self.w1[e]), approximate="tanh")
-            outputs.append(torch.addmm(self.b2[e], h, self.w2[e]))
+            one = slice(e, e + 1)
+            b1, b2 = (None, None) if self.b1 is None else (self.b1[one], self.b2[one])
+            h = self._activate(_product(rows[None], self.w1[one], b1))
+            outputs.append(_product(h, self.w2[one], b2)[0])
         return torch.cat(outputs)
+
+    def _activate(self, h: Tensor) -> Tensor:
+        if self.mlp == "gelu":
+            return F.gelu(h, approximate="tanh")
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (E, K, in) times weight (E, in, out) plus bias (E, out)."""
+    if bias is None:
+        return torch.bmm(x, weight)
+    return torch.baddbmm(bias[:, None], x, weight)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from config.schema import ExpertChoiceConfig
 from core.types import RoutingPlan, RoutingRecord
 from models.moe.capacity import CapacityPredictor, quantile_of_kth
 from models.moe.dispatch import chosen_mask, count_pairs
@@ -77,45 +78,41 @@ class ExpertChoiceRouter(nn.Module):
     is DiffMoE (Algorithm 3 in training, 4 in dynamic inference).
 
     Args:
-        capacity: C of Eq. 8: each expert takes C * T / E of the T tokens in a pool.
-        pool: `sample` or `batch`.
+        hidden_size: D.
+        config: `num_experts`, `capacity`, `pool`, `inference` and their kin.
         predictor: learns the choice; None for plain expert choice.
-        capacity_loss_weight: weight of its loss (Eq. 11).
-        dynamic: in evaluation take as many tokens as the predictor puts above its thresholds.
+
+    Attributes:
+        training_capacity: C of Eq. 8 in training; the trainer moves it along a capacity schedule.
     """
 
     def __init__(
         self,
         hidden_size: int,
-        num_experts: int,
-        capacity: float,
-        pool: str,
+        config: ExpertChoiceConfig,
         predictor: CapacityPredictor | None = None,
-        capacity_loss_weight: float = 1.0,
-        dynamic: bool = False,
     ):
         super().__init__()
-        self.affinity = Affinity(hidden_size, num_experts)
-        self.capacity = capacity
-        self.pool = pool
+        self.affinity = Affinity(hidden_size, config.num_experts)
         self.predictor = predictor
-        self.capacity_loss_weight = capacity_loss_weight
-        self.dynamic = dynamic
+        self.config = config
+        self.training_capacity = config.capacity
 
     def forward(self, x: Tensor) -> tuple[RoutingPlan, RoutingRecord]:
         """Plan for `x` (B, S, D) and its record."""
         B, S, _ = x.shape
-        pools, T = (B, S) if self.pool == "sample" else (1, B * S)
+        pools, T = (B, S) if self.config.pool == "sample" else (1, B * S)
         scores = self.affinity(x)  # (B, S, E)
         E = scores.shape[-1]
         scores = scores.view(pools, T, E).transpose(1, 2)  # (G, E, T)
         logits = None if self.predictor is None else self.predictor(x.flatten(0, 1))
-        if self.dynamic and not self.training:
-            counts = self.predictor.counts(logits.view(pools, T, E))  # (G, E)
-            plan = top_tokens_varying(scores, counts)
+        if self.training or self.config.inference == "topk":
+            plan = top_tokens(scores, self._tokens_per_expert(T))
         else:
-            # Multiplied first: T * C / E is then exact wherever it is a whole number.
-            plan = top_tokens(scores, min(T, int(T * self.capacity / E)))
+            fixed = self.config.inference == "fixed"
+            threshold = self.config.fixed_threshold if fixed else None
+            counts = self.predictor.counts(logits.view(pools, T, E), threshold)  # (G, E)
+            plan = top_tokens_varying(scores, counts)
         record = RoutingRecord(count_pairs(plan, B, S), S)
         if logits is not None:
             record.capacity_logits = logits.detach()
@@ -123,10 +120,20 @@ class ExpertChoiceRouter(nn.Module):
                 self._report_training(record, plan, logits)
         return plan, record
 
+    def _tokens_per_expert(self, tokens: int) -> int:
+        """k of a pool of `tokens`: Eq. 8 solved for it, and rounded down."""
+        capacity, experts = self.training_capacity, self.config.num_experts
+        if not self.training:
+            capacity = self.config.inference_capacity or self.config.capacity
+        if self.config.round_share_first:
+            return int(tokens / experts * capacity)
+        # Multiplied first, a whole number is exact.
+        return min(tokens, int(tokens * capacity / experts))
+
     def _report_training(self, record: RoutingRecord, plan: RoutingPlan, logits: Tensor) -> None:
         target = chosen_mask(plan, logits.shape[0]).to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, target)
-        record.losses["capacity"] = self.capacity_loss_weight * loss
+        record.losses["capacity"] = self.config.capacity_loss_weight * loss
         record.capacity_targets = target
         record.quantiles = quantile_of_kth(logits, plan.capacity)
 

@@ -39,7 +39,7 @@ def null(cond):
 def test_guidance_moves_away_from_the_unconditional_side():
     model, cond = Conditioned(), torch.tensor([1, 2])
     x, t = torch.zeros(2, 1, 1, 1), torch.zeros(2)
-    output = Guided(model, null, 1.5)(x, t, cond)
+    output = Guided(model, null, SamplingConfig(cfg_scale=1.5))(x, t, cond)
     assert output.prediction[:, 0].flatten().tolist() == [9 + 1.5 * (1 - 9), 9 + 1.5 * (2 - 9)]
     assert output.prediction[:, 1].flatten().tolist() == [1, 2]
     assert model.calls == [[1, 2], [9, 9]]
@@ -48,14 +48,16 @@ def test_guidance_moves_away_from_the_unconditional_side():
 
 def test_no_guidance_is_one_call():
     model, cond = Conditioned(), torch.tensor([1, 2])
-    output = Guided(model, null, 1)(torch.zeros(2, 1, 1, 1), torch.zeros(2), cond)
+    output = Guided(model, null, SamplingConfig(cfg_scale=1))(
+        torch.zeros(2, 1, 1, 1), torch.zeros(2), cond
+    )
     assert output.prediction[:, 0].flatten().tolist() == [1, 2]
     assert model.calls == [[1, 2]]
 
 
 def test_capacity_is_the_mean_over_layers_and_calls():
     """Eq. 9 and 15 with E = 2, S = 4: pairs per token."""
-    meter = CapacityMeter(Conditioned())
+    meter = CapacityMeter(Conditioned(), 2)
     x, t, cond = torch.zeros(2, 1, 1, 1), torch.zeros(2), torch.tensor([1, 2])
     meter(x, t, cond)
     expected = [(3 / 4 + 4 / 4) / 2, (7 / 4 + 4 / 4) / 2]
@@ -65,7 +67,7 @@ def test_capacity_is_the_mean_over_layers_and_calls():
 
 
 def test_a_dense_model_has_no_capacity():
-    meter = CapacityMeter(lambda x, t, cond: ModelOutput(x))
+    meter = CapacityMeter(lambda x, t, cond: ModelOutput(x), 1)
     meter(torch.zeros(1), torch.zeros(1), torch.zeros(1))
     assert meter.capacity() is None
 
