@@ -32,6 +32,11 @@ class RoutingPlan:
     tokens_per_expert: Tensor
     capacity: int | None
 
+    def expert_of_pair(self) -> Tensor:
+        """(N,) the expert of each pair."""
+        experts = torch.arange(len(self.tokens_per_expert), device=self.token_index.device)
+        return experts.repeat_interleave(self.tokens_per_expert, output_size=len(self.token_index))
+
 
 @dataclass
 class RoutingRecord:
@@ -56,6 +61,20 @@ class RoutingRecord:
     capacity_logits: Tensor | None = None
     capacity_targets: Tensor | None = None
     plan: RoutingPlan | None = None
+
+    def token_mask(self, num_tokens: int) -> Tensor:
+        """(T, E) 1 where the expert takes the token, of all T = B * S tokens."""
+        return self._spread(torch.ones_like(self.plan.gate), num_tokens)
+
+    def gates(self, num_tokens: int) -> Tensor:
+        """(T, E) weight of the expert for the token, 0 where it does not take it."""
+        return self._spread(self.plan.gate, num_tokens)
+
+    def _spread(self, values: Tensor, num_tokens: int) -> Tensor:
+        E = len(self.plan.tokens_per_expert)
+        spread = values.new_zeros(num_tokens * E)
+        cell = self.plan.token_index * E + self.plan.expert_of_pair()
+        return spread.scatter_(0, cell, values).view(num_tokens, E)
 
     def capacity_per_sample(self) -> Tensor:
         """(B,) computed pairs per token of each sample: Eq. 8 averaged over the experts."""

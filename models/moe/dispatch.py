@@ -27,16 +27,10 @@ def combine(outputs: Tensor, plan: RoutingPlan, num_tokens: int) -> Tensor:
     return total.index_add(0, plan.token_index, weighted).to(outputs.dtype)
 
 
-def expert_of_pair(plan: RoutingPlan) -> Tensor:
-    """(N,) the expert of each pair."""
-    experts = torch.arange(len(plan.tokens_per_expert), device=plan.token_index.device)
-    return experts.repeat_interleave(plan.tokens_per_expert, output_size=len(plan.token_index))
-
-
 def count_pairs(plan: RoutingPlan, batch: int, tokens_per_sample: int) -> Tensor:
     """(B, E) int64, how many tokens of each sample each expert takes."""
     E = len(plan.tokens_per_expert)
-    cell = plan.token_index // tokens_per_sample * E + expert_of_pair(plan)
+    cell = plan.token_index // tokens_per_sample * E + plan.expert_of_pair()
     counts = torch.zeros(batch * E, dtype=torch.int64, device=cell.device)
     return counts.scatter_add_(0, cell, torch.ones_like(cell)).view(batch, E)
 
@@ -45,4 +39,4 @@ def chosen_mask(plan: RoutingPlan, num_tokens: int) -> Tensor:
     """(T, E) float32, 1 where the expert takes the token (Eq. 13)."""
     E = len(plan.tokens_per_expert)
     mask = torch.zeros(num_tokens * E, device=plan.token_index.device)
-    return mask.scatter_(0, plan.token_index * E + expert_of_pair(plan), 1.0).view(num_tokens, E)
+    return mask.scatter_(0, plan.token_index * E + plan.expert_of_pair(), 1.0).view(num_tokens, E)

@@ -1,0 +1,32 @@
+"""Any file in the format of the golden files, recomputed by this project.
+
+`run_case(path)` returns every `out.*`, `grad.*` and `after*.*` tensor of the file under its key.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models_cases import ModelCase
+
+
+def load_case(path: str | Path) -> tuple[dict[str, Tensor], dict, dict[str, str]]:
+    """Tensors, `config` and all metadata of a file."""
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["config"]), file.metadata()
+
+
+def recorded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file that are results."""
+    return {k: v for k, v in tensors.items() if k.startswith(("out.", "grad.", "after"))}
+
+
+def run_case(path: str | Path) -> dict[str, Tensor]:
+    """Every result of the file at `path`, computed anew."""
+    tensors, config, metadata = load_case(path)
+    return ModelCase(tensors, config, metadata["source"]).run()

@@ -1,0 +1,269 @@
+"""Golden cases of whole models: official weights through the importer, outputs under their keys."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from config.schema import SamplingConfig
+from core.distributed import Processes
+from core.types import LossTerms, ModelOutput, RoutingRecord
+from models.dit import DiT
+from models.official import from_official, moe_blocks, to_official
+from sampling.guidance import Guided
+from training import router_state
+from training.step import auxiliary_losses
+from transport.objective import RectifiedFlow
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+FAMILIES = {
+    "facebookresearch/DiT:models.py": "dit",
+    "willisma/SiT:models.py": "sit",
+    "KwaiVGI/DiffMoE:models/models_DiT.py": "diffmoe_dense",
+    "KwaiVGI/DiffMoE:models/models_TCDiT.py": "diffmoe_tc",
+    "KwaiVGI/DiffMoE:models/models_ECDiT.py": "diffmoe_ec",
+    "KwaiVGI/DiffMoE:models/models_DiffMoE.py": "diffmoe",
+}
+
+Tensors = dict[str, Tensor]
+
+
+class ModelCase:
+    """One file: its inputs, its model, and the results by key."""
+
+    def __init__(self, tensors: Tensors, config: dict, source: str):
+        self.tensors, self.config = tensors, config
+        self.family = FAMILIES[source.split(",")[0]]
+        self.state = {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}
+        self.results: Tensors = {}
+
+    def model(self, training: bool) -> DiT:
+        """A fresh copy with the recorded weights."""
+        return from_official(self.family, self.config["ctor"], self.state).train(training)
+
+    def inputs(self, *names: str) -> list[Tensor]:
+        """The tensors `in.<name>`."""
+        return [self.tensors[f"in.{name}"] for name in names]
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Keep a result where the file has one of that name, in its dtype."""
+        if key in self.tensors:
+            self.results[key] = value.detach().clone().to(self.tensors[key].dtype)
+
+    def wants(self, prefix: str) -> bool:
+        """Whether the file has a key that begins so."""
+        return any(key.startswith(prefix) for key in self.tensors)
+
+    def cut(self, prediction: Tensor) -> Tensor:
+        """SiT's model gives the first C channels only."""
+        return prediction[:, : prediction.shape[1] // 2] if self.is_cut_sit else prediction
+
+    @property
+    def is_cut_sit(self) -> bool:
+        return self.family == "sit" and self.config["ctor"].get("learn_sigma", True)
+
+    def run(self) -> Tensors:
+        """All results."""
+        if "training_iters" in self.config:
+            self.capacity_schedule()
+        elif "world_size" in self.config:
+            self.two_ranks()
+        elif "in.x2" in self.tensors:
+            self.diffmoe_training()
+        else:
+            self.evaluation()
+            if "out.train" in self.tensors:
+                self.training()
+        return self.results
+
+    # Evaluation mode
+
+    def evaluation(self) -> None:
+        """out.eval*, out.cfg*."""
+        model = self.model(training=False)
+        x, t, y = self.inputs("x", "t", "y")
+        with torch.no_grad():
+            for key, rows in (("eval", len(x)), ("eval_b4", len(x)), ("eval_b1", 1)):
+                if f"out.{key}" in self.tensors:
+                    self.forward(key, model, x[:rows], t[:rows], y[:rows])
+            if "out.eval.first" in self.tensors:
+                self.put("out.eval.first", self.cut(model(x[:1], t[:1], y[:1]).prediction))
+            self.guidance(model)
+
+    def forward(self, key: str, model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
+        output = model(x, t, y)
+        self.put(f"out.{key}", self.cut(output.prediction))
+        self.routing(key, output.routing, len(x))
+
+    def routing(self, key: str, records: list[RoutingRecord], batch: int) -> None:
+        """Counts, masks and choices of each MoE layer."""
+        if not records:
+            return
+        counts = torch.stack([record.plan.tokens_per_expert for record in records])
+        self.put(f"out.{key}.k", counts)
+        for block, record in self.by_block(records):
+            tokens = batch * record.num_tokens
+            mask = record.token_mask(tokens)  # (B * S, E)
+            if self.family == "diffmoe_ec":
+                per_sample = mask.view(batch, record.num_tokens, -1).transpose(1, 2)
+                self.put(f"out.{key}.dispatch.{block}", per_sample)
+                self.put(f"out.{key}.k.{block}", record.counts[0, 0])
+            else:
+                self.put(f"out.{key}.dispatch.{block}", mask)
+            if self.family == "diffmoe_tc":
+                gates = record.gates(tokens)  # (B * S, E)
+                chosen = mask.nonzero()[:, 1].view(tokens, -1)  # ascending
+                self.put(f"out.{key}.topk_idx.{block}", chosen)
+                self.put(f"out.{key}.topk_weight.{block}", gates.gather(1, chosen))
+
+    def by_block(self, records: list[RoutingRecord]) -> list[tuple[int, RoutingRecord]]:
+        blocks = moe_blocks(self.model(training=False).config)
+        return list(zip(blocks, records, strict=True))
+
+    def guidance(self, model: DiT) -> None:
+        """out.cfg: the official doubled batch; out.cfg_two_calls: all channels, separate calls."""
+        if not self.wants("out.cfg"):
+            return
+        x, t, y = self.inputs("cfg_x", "cfg_t", "cfg_y")
+        half = len(x) // 2
+        x, t, cond, null = x[:half], t[:half], y[:half], y[half:]
+        scale = self.config["cfg_scale"]
+        both: list[ModelOutput] = []
+
+        def cut_model(*inputs: Tensor) -> ModelOutput:
+            output = model(*inputs)
+            both.append(output)
+            return ModelOutput(self.cut(output.prediction), output.routing)
+
+        joint = SamplingConfig(cfg_scale=scale, cfg_channels="first3", cfg_pooling="joint")
+        guided = Guided(cut_model, lambda _: null, joint)(x, t, cond)
+        self.routing("cfg", guided.routing, 2 * half)
+        free = self.cut(both[0].prediction)[half:, 3:]  # the other half keeps its own channels
+        second = torch.cat([guided.prediction[:, :3], free], dim=1)
+        self.put("out.cfg", torch.cat([guided.prediction, second]))
+        two = Guided(model, lambda _: null, SamplingConfig(cfg_scale=scale))(x, t, cond)
+        self.put("out.cfg_two_calls", two.prediction[:, : x.shape[1]])
+
+    # Training mode
+
+    def training(self) -> None:
+        """out.train, out.loss, out.rf.*, grad.* of the dense, token- and expert-choice models."""
+        x, t, y = self.inputs("x", "t", "y")
+
+        def weighted(model: DiT) -> tuple[Tensor, list[RoutingRecord]]:
+            output = model(x, t, y)
+            prediction = self.cut(output.prediction)
+            loss = (prediction * self.tensors["in.loss_w"]).mean()
+            self.put("out.train", prediction)
+            self.put("out.loss", loss)
+            for block, record in self.by_block(output.routing) if output.routing else []:
+                self.put(f"out.expert_count.{block}", record.plan.tokens_per_expert)
+                if "balance" in record.losses:
+                    self.put(f"out.aux_loss.{block}", record.losses["balance"])
+            return loss, output.routing
+
+        self.gradients("grad.", weighted)
+        if self.wants("grad.no_aux."):
+            self.gradients("grad.no_aux.", weighted, auxiliary=False)
+            self.gradients("grad.loss_x1000.", weighted, scale=1000.0)
+        if "out.rf.loss" in self.tensors:
+            self.gradients("grad.rf.", self.flow_loss)
+
+    def flow_loss(self, model: DiT) -> tuple[Tensor, list[RoutingRecord]]:
+        x, t, y, noise = self.inputs("x", "t", "y", "noise")
+        terms = RectifiedFlow().losses_at(model, x, y, t, noise)
+        self.put("out.rf.mse", terms.per_sample)
+        self.put("out.rf.loss", terms.per_sample.mean())
+        return terms.per_sample.mean(), terms.routing
+
+    def gradients(
+        self,
+        prefix: str,
+        loss_of: Callable[[DiT], tuple[Tensor, list[RoutingRecord]]],
+        auxiliary: bool = True,
+        scale: float = 1.0,
+    ) -> None:
+        """Gradients of scale * loss (+ auxiliary losses) under official names."""
+        model = self.model(training=True)
+        loss, routing = loss_of(model)
+        total = scale * loss + (sum(auxiliary_losses(routing).values()) if auxiliary else 0)
+        total.backward()
+        self.put_gradients(prefix, model)
+
+    def put_gradients(self, prefix: str, model: DiT) -> None:
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        for name, gradient in to_official(model, grads).items():
+            self.put(f"{prefix}{name}", gradient)
+
+    # DiffMoE's training mode
+
+    def diffmoe_training(self) -> None:
+        """Two steps without optimizer: losses, gradients, thresholds, then an evaluation."""
+        model = self.model(training=True)
+        terms = self.diffmoe_step(model, "after.", "x", "t", "y", "noise")
+        records = terms.routing
+        capacity = auxiliary_losses(records)["capacity"]
+        loss = terms.per_sample.mean() + capacity
+        loss.backward()
+        self.put("out.mse", terms.per_sample)
+        self.put("out.cp_loss", capacity)
+        self.put("out.loss", loss)
+        self.put_gradients("grad.", model)
+        batch, weight = len(terms.per_sample), model.config.feed_forward.capacity_loss_weight
+        for block, record in self.by_block(records):
+            shape = (batch, record.num_tokens, -1)
+            self.put(f"out.ones.{block}", record.capacity_targets.view(shape))
+            self.put(f"out.capacity_pred.{block}", record.capacity_logits.view(shape))
+            self.put(f"out.capacity_pred_loss.{block}", record.losses["capacity"] / weight)
+        with torch.no_grad():
+            self.diffmoe_step(model, "after2.", "x2", "t2", "y2", "noise2")
+            self.put("out.eval_after2", model.eval()(*self.inputs("x", "t", "y")).prediction)
+
+    def diffmoe_step(self, model: DiT, prefix: str, *names: str) -> LossTerms:
+        x, t, y, noise = self.inputs(*names)
+
+        def noted(*inputs: Tensor) -> ModelOutput:
+            output = model(*inputs)
+            self.put("out.model", output.prediction) if prefix == "after." else None
+            return output
+
+        terms = RectifiedFlow().losses_at(noted, x, y, t, noise)
+        router_state.update(model, [terms.routing], ALONE)
+        self.put_state(prefix, model)
+        return terms
+
+    def put_state(self, prefix: str, model: DiT) -> None:
+        for name, value in to_official(model).items():
+            self.put(f"{prefix}{name}", value)
+
+    def capacity_schedule(self) -> None:
+        """The model at several training steps, each from the recorded thresholds."""
+        x, t, y = self.inputs("x", "t", "y")
+        for step in self.config["training_iters"]:
+            model = self.model(training=True)
+            router_state.begin_step(model, step)
+            with torch.no_grad():
+                output = model(x, t, y)
+            router = model.blocks[moe_blocks(model.config)[0]].feed_forward.router
+            self.put(f"out.capacity.it{step}", torch.tensor(router.training_capacity))
+            self.put(f"out.k.it{step}", output.routing[0].plan.tokens_per_expert)
+            self.put(f"out.model.it{step}", output.prediction)
+            router_state.update(model, [output.routing], ALONE)
+            self.put_state(f"after.it{step}.", model)
+
+    def two_ranks(self) -> None:
+        """The pools of both ranks, one after the other; thresholds from their mean quantiles."""
+        model = self.model(training=True)
+        x, t, y = self.inputs("x", "t", "y")
+        outputs = []
+        with torch.no_grad():
+            for part in torch.arange(len(x)).chunk(self.config["world_size"]):
+                outputs.append(model(x[part], t[part], y[part]))
+        self.put("out.model", torch.cat([output.prediction for output in outputs]))
+        router_state.update(model, [output.routing for output in outputs], ALONE)
+        self.put_state("after.", model)
+        for i, block in enumerate(moe_blocks(model.config)):
+            parts = [output.routing[i] for output in outputs]
+            masks = [r.capacity_targets.view(-1, r.num_tokens, r.counts.shape[1]) for r in parts]
+            self.put(f"out.ones.{block}", torch.cat(masks))

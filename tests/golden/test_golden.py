@@ -1,0 +1,46 @@
+"""Every recorded number of the official models, from official weights through the importer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from adapter import load_case, recorded, run_case
+
+from models.official import from_official, to_official
+
+FOLDER = Path(__file__).parent
+MODELS = sorted(
+    path for path in FOLDER.glob("*.safetensors") if "state.pos_embed" in load_case(path)[0]
+)
+
+
+def limit(key, value):
+    """1e-5 of the largest value for outputs, 1e-4 for gradients and scalar losses."""
+    loose = key.startswith("grad.") or value.dim() == 0
+    return (1e-4 if loose else 1e-5) * value.abs().max().item()
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_recorded_number(path):
+    wanted = recorded(load_case(path)[0])
+    found = run_case(path)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key].shape == value.shape, key
+        assert found[key].dtype == value.dtype, key
+        if value.is_floating_point():
+            assert (found[key] - value).abs().max().item() <= limit(key, value), key
+        else:
+            assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_official_weights_survive_the_round_trip_bitwise(path):
+    from models_cases import ModelCase
+
+    tensors, config, metadata = load_case(path)
+    case = ModelCase(tensors, config, metadata["source"])
+    back = to_official(from_official(case.family, config["ctor"], case.state))
+    assert back.keys() == case.state.keys()
+    for name, tensor in case.state.items():
+        assert torch.equal(back[name], tensor), name
