@@ -24,7 +24,13 @@ from training.step import train_step
 from transport.objective import RectifiedFlow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-LATENTS = {"scaling_factor": 1.0}
+LATENTS = {
+    "vae_path": "vae",
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "latent_channels": 4,
+    "class_names": ["a", "b", "c"],
+}
 
 
 def config(tmp_path, **model):
@@ -200,6 +206,15 @@ def test_damaged_and_missing_checkpoints_are_named(tmp_path):
     weights = folder / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"ema\.safetensors: not a readable safetensors file"):
+        load_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["", "{}", "3", '{"step": 1, "latents": {}}'])
+def test_a_damaged_state_is_named(tmp_path, text):
+    settings, model, ema, optimizer = parts(tmp_path)
+    folder = save_checkpoint(settings, 1, model, ema, optimizer, LATENTS)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(UserError, match=r"step_0000001/state\.json: (not readable|damaged)"):
         load_pretrained(tmp_path / "run")
 
 
