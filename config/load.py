@@ -39,8 +39,7 @@ def parse_config(argv: list[str], prog: str, world_size: int = 1) -> Config:
         if key in CHOICES:
             raw = merge(raw, _nested(key, {"name": name}))
     raw = _expand_size(raw, early.size)
-    parser = _parser(prog, raw)
-    parser.set_defaults(_flat(_typed(parser, raw, early.config)))
+    parser = _parser_with_defaults(prog, raw, early.config)
     flags = _call(parser.parse_args, [word for word in argv if word != "--print_config"])
     config = _finish(flags.as_dict(), default_run=_run_name(early.config))
     validate(config, world_size)
@@ -53,8 +52,7 @@ def parse_config(argv: list[str], prog: str, world_size: int = 1) -> Config:
 def load_config(path: Path) -> Config:
     """The config in a YAML file alone, for instance the resolved one of a run."""
     raw = _expand_size(read_file(path), None)
-    parser = _parser("config", raw)
-    parser.set_defaults(_flat(_typed(parser, raw, str(path))))
+    parser = _parser_with_defaults("config", raw, str(path))
     config = _finish(parser.get_defaults().as_dict(), default_run=_run_name(str(path)))
     validate(config)
     return config
@@ -122,12 +120,22 @@ def _expand_size(raw: dict, flag: str | None) -> dict:
     model = dict(model)
     size = model.pop("size", None)
     if size is not None:
-        if size not in SIZES:
+        if not isinstance(size, str) or size not in SIZES:
             raise unknown_name("model.size", size, SIZES, ConfigError)
         model = SIZES[size] | model
     if flag is not None:
         model |= SIZES[flag]
     return raw | {"model": model}
+
+
+def _parser_with_defaults(prog: str, raw: dict, source: str | None) -> jsonargparse.ArgumentParser:
+    """A parser whose defaults are the checked values of `raw`, read from the file `source`."""
+    try:
+        parser = _parser(prog, raw)
+        parser.set_defaults(_flat(_typed(parser, raw)))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return parser
 
 
 def _parser(prog: str, raw: dict) -> jsonargparse.ArgumentParser:
@@ -162,6 +170,7 @@ def _add_section(parser: jsonargparse.ArgumentParser, at: str, kind: type, raw: 
         if section is not None:
             _add_section(parser, path, section, raw.get(field.name, {}))
         else:
+            _check_null(path, raw, field.name, types[field.name])
             group.add_argument(
                 f"--{path}",
                 type=types[field.name],
@@ -204,12 +213,18 @@ def _check_keys(at: str, raw: dict, known: list[str]) -> None:
             raise ConfigError(f"{path}: unknown key; {hint}known here: {', '.join(known)}")
 
 
-def _typed(parser: jsonargparse.ArgumentParser, raw: dict, source: str | None) -> dict:
+def _check_null(path: str, raw: dict, key: str, kind: Any) -> None:
+    """The parser takes null for any default; a key that means nothing without a value must not."""
+    if key in raw and raw[key] is None and type(None) not in typing.get_args(kind):
+        raise ConfigError(f"{path}: null is not allowed; wanted: {getattr(kind, '__name__', kind)}")
+
+
+def _typed(parser: jsonargparse.ArgumentParser, raw: dict) -> dict:
     """`raw` with every value checked against, and converted to, the type of its key."""
     try:
         return parser.parse_object(raw, defaults=False).as_dict()
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: {_tidy(error)}") from None
+        raise ConfigError(_tidy(error)) from None
 
 
 def _call(parse: Any, argv: list[str]) -> Any:

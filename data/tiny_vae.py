@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=32, help="images per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
-    parser.add_argument("--kl_weight", type=float, default=1e-3, help="weight of the KL divergence")
+    parser.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL divergence")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     arguments = vars(parser.parse_args())

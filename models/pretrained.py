@@ -22,6 +22,8 @@ from models.dit import DiT
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "state.json"
 STEP_FOLDER = "step_*"
+LATENT_FACTS = {"vae_path", "scaling_factor", "shift_factor", "latent_channels", "class_names"}
+"""What a checkpoint says of the latents that it was trained on."""
 
 
 @dataclass
@@ -71,11 +73,21 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint."""
+    """`state.json` of a checkpoint: `step`, and the facts of its `latents`.
+
+    Raises:
+        UserError: naming the file, when it is damaged or lacks one of them.
+    """
+    path = folder / STATE_FILE
     try:
-        return json.loads((folder / STATE_FILE).read_text())
+        state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / STATE_FILE}: not readable: {error}") from None
+        raise UserError(f"{path}: not readable: {error}") from None
+    latents = state.get("latents") if isinstance(state, dict) else None
+    if not isinstance(latents, dict) or "step" not in state or not latents.keys() >= LATENT_FACTS:
+        wanted = ", ".join(sorted(LATENT_FACTS))
+        raise UserError(f"{path}: damaged; wanted: step, and latents with {wanted}")
+    return state
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

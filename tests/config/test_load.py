@@ -99,6 +99,13 @@ def test_size_stands_for_three_keys(tmp_path):
         ("nonsense: 1", r"nonsense: unknown key"),
         ("optim: {lr: fast}", r"optim\.lr: 'fast' is not allowed; wanted: float"),
         ("train: {max_steps: 1.5}", r"train\.max_steps: .*1\.5.* wanted: int"),
+        (
+            "train: {max_steps: null}",
+            r"run\.yaml: train\.max_steps: null is not allowed; wanted: int",
+        ),
+        ("objective: flow", r"objective: a section of keys is wanted here, not 'flow'"),
+        ("data: null", r"data: a section of keys is wanted here, not None"),
+        ("model: {size: [L]}", r"model\.size: unknown \['L'\]"),
         ("model: 3", r"model: a section of keys is wanted"),
         ("model: {size: huge}", r"model\.size: unknown 'huge'; known: B, L, S"),
         ("objective: {name: vdm}", r"objective\.name: unknown 'vdm'; known: ddpm, flow"),

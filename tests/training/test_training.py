@@ -24,7 +24,13 @@ from training.step import train_step
 from transport.objective import RectifiedFlow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-LATENTS = {"scaling_factor": 1.0}
+LATENTS = {
+    "vae_path": "vae",
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "latent_channels": 4,
+    "class_names": ["a", "b", "c"],
+}
 
 
 def config(tmp_path, **model):
@@ -203,6 +209,15 @@ def test_damaged_and_missing_checkpoints_are_named(tmp_path):
         load_pretrained(tmp_path / "run")
 
 
+@pytest.mark.parametrize("text", ["", "{}", "3", '{"step": 1, "latents": {}}'])
+def test_a_damaged_state_is_named(tmp_path, text):
+    settings, model, ema, optimizer = parts(tmp_path)
+    folder = save_checkpoint(settings, 1, model, ema, optimizer, LATENTS)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(UserError, match=r"step_0000001/state\.json: (not readable|damaged)"):
+        load_pretrained(tmp_path / "run")
+
+
 def test_optimizer_state_by_name(tmp_path):
     _, model, _, optimizer = parts(tmp_path)
     step(model, optimizer, batches(1))
@@ -229,5 +244,5 @@ def test_learning_rate_is_constant_unless_asked():
 
 def test_quickstart_config_is_the_documented_one():
     made = parse_config(["--config", "config/quickstart.yaml"], "train.py", 2)
-    assert (made.model.hidden_size, made.model.depth, made.train.max_steps) == (96, 4, 900)
+    assert (made.model.hidden_size, made.model.depth, made.train.max_steps) == (96, 4, 1600)
     assert made.model.feed_forward.num_experts == 8
