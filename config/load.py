@@ -60,7 +60,7 @@ def load_config(path: Path) -> Config:
 
 def dump_config(config: Config) -> str:
     """YAML text of a config, every key resolved; `load_config` reads it back."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
+    return yaml.safe_dump(to_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
 def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict:
@@ -288,7 +288,8 @@ def _flat(values: dict, at: str = "") -> dict:
     return flat
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """Nested dictionaries and lists, as YAML writes them."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: to_plain(v) for k, v in value.items()}
+    return [to_plain(v) for v in value] if isinstance(value, list | tuple) else value

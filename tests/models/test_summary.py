@@ -1,0 +1,98 @@
+"""Parameter counts against those of the published classes, and against the paper's tables."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config.schema import (
+    DenseConfig,
+    DiffMoEConfig,
+    ExpertChoiceConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
+from config.sizes import SIZES
+from models.summary import summarize
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "config/diffmoe_S_E16_ddpm.yaml"
+COUNTS = json.loads((ROOT / "tests" / "golden" / "counts.json").read_text())
+LAYERS = {
+    "Dense": lambda experts: DenseConfig(),
+    "TC": lambda experts: TokenChoiceConfig(num_experts=experts),
+    "EC": lambda experts: ExpertChoiceConfig(num_experts=experts),
+    "DiffMoE": lambda experts: DiffMoEConfig(num_experts=experts),
+}
+
+
+def config_of(name):
+    """The model of an entry such as `DiffMoE-L-E16 256px (learn_sigma=False)`."""
+    learn_sigma = "learn_sigma=False" not in name
+    if name.startswith("DiffMoE config"):
+        shape = SIZES["S"] | {"num_heads": 16, "input_size": 16}
+        return ModelConfig(**shape, learn_sigma=learn_sigma, feed_forward=DiffMoEConfig())
+    family, *parts = name.split()[0].replace("/2", "").replace("DiT-", "").split("-")
+    experts = int(parts[1][1:]) if len(parts) > 1 else 0
+    layer = LAYERS[family](experts)
+    return ModelConfig(**SIZES[parts[0]], learn_sigma=learn_sigma, feed_forward=layer)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_of_the_published_classes(name):
+    wanted, found = COUNTS[name], summarize(config_of(name))
+    assert (found.total, found.trainable) == (wanted["total"], wanted["trainable"])
+    assert found.by_name == wanted["groups"]
+    assert found.routed_experts == wanted["routed_experts"]
+    if "active" in wanted:
+        assert found.activated(1.0) == wanted["active"]
+
+
+@pytest.mark.parametrize(
+    ("experts", "feed_forward", "total"),
+    [(2, 314.8, 571.2), (4, 516.3, 772.7), (8, 919.3, 1175.7), (16, 1725.3, 1981.7)],
+)
+def test_table_9(experts, feed_forward, total):
+    layer = DiffMoEConfig(num_experts=experts)
+    found = summarize(ModelConfig(**SIZES["L"], learn_sigma=True, feed_forward=layer))
+    assert round(found.by_table["FFN"] / 1e6, 1) == feed_forward
+    assert int(found.by_table["attention"] / 1e5) / 10 == 100.7
+    assert round(found.by_table["adaLN"] / 1e6) == 151
+    assert round(found.trainable / 1e6, 1) == total
+
+
+def test_equation_40():
+    """Table 3: 454M at the measured capacity of 0.95; Eq. 40 itself gives 459M at 1."""
+    found = summarize(ModelConfig(**SIZES["L"], learn_sigma=True, feed_forward=DiffMoEConfig()))
+    assert round(found.activated_by_equation(0.95) / 1e6) == 454
+    assert round(found.activated_by_equation(1.0) / 1e6) == 459
+
+
+@pytest.mark.parametrize(("size", "millions"), [("XL", 675), ("XXL", 951), ("XXXL", 1353)])
+def test_sizes_of_table_5(size, millions):
+    model = ModelConfig(**SIZES[size], learn_sigma=False, feed_forward=DenseConfig())
+    assert round(summarize(model).trainable / 1e6) == millions
+
+
+def test_table_1_leaves_the_router_out_for_s_and_b():
+    """139M and 555M without router and predictor, 1.982B with."""
+    for size, printed in (("S", 139), ("B", 555)):
+        found = summarize(ModelConfig(**SIZES[size], learn_sigma=True))
+        assert round((found.trainable - found.by_name["router"]) / 1e6) == printed
+    found = summarize(ModelConfig(**SIZES["L"], learn_sigma=True))
+    assert round(found.trainable / 1e9, 3) == 1.982
+
+
+def test_the_command_prints_json():
+    done = subprocess.run(
+        [sys.executable, "-m", "models.summary", "--json", "--config", CONFIG],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = json.loads(done.stdout)
+    assert report["total"] == COUNTS["DiffMoE-S-E16 256px"]["total"]
+    assert report["activated"]["C=1"] == COUNTS["DiffMoE-S-E16 256px"]["active"]
