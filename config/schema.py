@@ -270,12 +270,17 @@ class Config:
         run_dir: folder for checkpoints, logs and samples; by default runs/<name of the config>.
         resume: `auto` continues from the newest checkpoint of run_dir where there is one;
             `never` refuses to start in a run_dir that has checkpoints.
+        init_from: checkpoint whose averaged weights a new run starts from.
+        init_fresh: what keeps its fresh weights then: nothing, the `labels` (another set of
+            classes), the `head` (another output), or `both`.
     """
 
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     run_dir: str | None = None
     resume: Literal["auto", "never"] = "never"
+    init_from: str | None = None
+    init_fresh: Literal["nothing", "labels", "head", "both"] = "nothing"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=FlowConfig)

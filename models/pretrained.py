@@ -73,7 +73,7 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint: `step`, and the facts of its `latents`.
+    """`state.json` of a checkpoint: `step`, and the facts of its `latents` (null if imported).
 
     Raises:
         UserError: naming the file, when it is damaged or lacks one of them.
@@ -83,8 +83,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable: {error}") from None
-    latents = state.get("latents") if isinstance(state, dict) else None
-    if not isinstance(latents, dict) or "step" not in state or not latents.keys() >= LATENT_FACTS:
+    whole = isinstance(state, dict) and state.keys() >= {"step", "latents"}
+    latents = state["latents"] if whole else {}
+    if latents is not None and not (isinstance(latents, dict) and latents.keys() >= LATENT_FACTS):
         wanted = ", ".join(sorted(LATENT_FACTS))
         raise UserError(f"{path}: damaged; wanted: step, and latents with {wanted}")
     return state
@@ -107,13 +108,19 @@ def save_weights(module: nn.Module, path: Path) -> None:
     save_file({name: t.detach().contiguous() for name, t in module.state_dict().items()}, path)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path, fresh: tuple[str, ...] = ()) -> None:
     """Fill `module` from a file that holds exactly its parameters and buffers.
+
+    Args:
+        module: to be filled.
+        path: safetensors file.
+        fresh: beginnings of names that keep what they have, whatever the file says.
 
     Raises:
         UserError: naming the first differences between file and model.
     """
-    found, wanted = read_tensors(path), module.state_dict()
+    found = {n: t for n, t in read_tensors(path).items() if not n.startswith(fresh)}
+    wanted = {n: t for n, t in module.state_dict().items() if not n.startswith(fresh)}
     differences = [f"{n} is missing in the file" for n in wanted if n not in found]
     differences += [f"{n} is not in the model" for n in found if n not in wanted]
     differences += [
@@ -124,4 +131,4 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if differences:
         more = f" (and {len(differences) - 2} more)" if len(differences) > 2 else ""
         raise UserError(f"{path}: another architecture: {'; '.join(differences[:2])}{more}")
-    module.load_state_dict(found)
+    module.load_state_dict(found, strict=not fresh)

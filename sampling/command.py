@@ -117,6 +117,8 @@ def _settings(flags: argparse.Namespace, pretrained: Pretrained) -> SamplingConf
 def _check_vae(vae: VAE, pretrained: Pretrained) -> None:
     """The decoder must read latents of the scale that the model was trained on."""
     latents = pretrained.state["latents"]
+    if latents is None:  # an imported checkpoint does not say
+        return
     for name, here in (
         ("scaling_factor", vae.scaling_factor),
         ("shift_factor", vae.shift_factor),

@@ -15,6 +15,7 @@ from models.dit import DiT
 from models.pretrained import (
     CONFIG_FILE,
     STATE_FILE,
+    find_checkpoint,
     load_weights,
     newest_checkpoint,
     read_state,
@@ -25,6 +26,8 @@ from training.ema import EMA
 from training.optim import load_optimizer_tensors, optimizer_tensors
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+LABELS = ("label_embed.",)
+HEAD = ("final.linear.",)
 
 
 def save_checkpoint(
@@ -74,6 +77,19 @@ def resume(config: Config, model: DiT, ema: EMA, optimizer: torch.optim.Optimize
     load_weights(ema.model, folder / "ema.safetensors")
     load_optimizer_tensors(model, optimizer, read_tensors(folder / OPTIMIZER_FILE))
     return read_state(folder)["step"]
+
+
+def initialise(config: Config, model: DiT) -> None:
+    """Fill a new run's model from the checkpoint `config.init_from`, where one is named.
+
+    Raises:
+        UserError: when the rest of the weights, `config.init_fresh` left out, do not fit.
+    """
+    if config.init_from is None:
+        return
+    fresh = {"nothing": (), "labels": LABELS, "head": HEAD, "both": LABELS + HEAD}
+    folder = find_checkpoint(Path(config.init_from))
+    load_weights(model, folder / "ema.safetensors", fresh[config.init_fresh])
 
 
 def check_same_model(found: Config, wanted: Config, folder: Path) -> None:

@@ -22,7 +22,7 @@ from sampling.generate import Sampler
 from sampling.grid import image_grid, save_png
 from sampling.objectives import build_objective
 from training import router_state
-from training.checkpoint import resume, save_checkpoint
+from training.checkpoint import initialise, resume, save_checkpoint
 from training.ema import EMA
 from training.optim import build_optimizer, learning_rate
 from training.step import train_step
@@ -52,6 +52,7 @@ class Trainer:
         self.vae = self._load_vae()
         torch.manual_seed(derive_seed(config.seed, "weights"))
         self.bare = build_model(config.model).to(processes.device)
+        initialise(config, self.bare)
         self.ema = EMA(self.bare, config.optim.ema_decay, config.optim.ema_warmup)
         self.optimizer = build_optimizer(self.bare, config.optim)
         self.objective = build_objective(config.objective)

@@ -1,10 +1,14 @@
 """Every recorded number of the official models, from official weights through the importer."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from adapter import load_case, recorded, run_case
+from safetensors.torch import load_file
 
 from models.official import from_official, to_official
 
@@ -44,3 +48,23 @@ def test_official_weights_survive_the_round_trip_bitwise(path):
     assert back.keys() == case.state.keys()
     for name, tensor in case.state.items():
         assert torch.equal(back[name], tensor), name
+
+
+@pytest.mark.slow
+def test_two_gloo_processes_route_apart_and_agree_on_thresholds(tmp_path):
+    path, root = FOLDER / "diffmoe_ws2.safetensors", FOLDER.parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*command, FOLDER / "two_ranks.py", path, tmp_path],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        check=True,
+        timeout=120,
+    )
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1)]
+    wanted = recorded(load_case(path)[0])
+    together = torch.cat([rank["out.model"] for rank in ranks])
+    assert (together - wanted["out.model"]).abs().max() <= limit("", wanted["out.model"])
+    name = "blocks.1.mlp.expert_threshold"
+    assert torch.equal(ranks[0][name], ranks[1][name])
+    torch.testing.assert_close(ranks[0][name], wanted[f"after.{name}"], rtol=1e-5, atol=1e-7)

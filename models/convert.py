@@ -1,0 +1,115 @@
+"""python -m models.convert --official FILE.pt --config config/X.yaml --out DIR
+python -m models.convert --to-official CHECKPOINT --out FILE.pt
+
+Turn a published checkpoint into a checkpoint folder that sample_ddp.py and
+`train.py --init_from` read, or one of ours into a file with the official names.
+"""
+
+import argparse
+import json
+import logging
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config.load import dump_config, load_config
+from core.errors import UserError, command
+from core.files import complete_file, complete_folder
+from core.logging import get_logger
+from models.build import build_model
+from models.official import load_official, to_official
+from models.pretrained import CONFIG_FILE, STATE_FILE, load_pretrained, save_weights
+
+log: logging.Logger = get_logger("models.convert")
+
+
+def read_official(path: Path) -> dict[str, dict[str, Tensor]]:
+    """State dicts of an official file: `model` and `ema` where it has them, else `model` alone.
+
+    Only tensors, plain containers and `argparse.Namespace` are unpickled.
+
+    Raises:
+        UserError: when the file is missing, damaged, or holds any other global, which is named.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
+        name = next((g for g in found.groups() if g), "?") if found else None
+        reason = f"it holds the global {name}, which is refused" if name else "not a weights file"
+        raise UserError(f"--official: {path}: {reason}") from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"--official: {path}: not readable: {error}") from None
+    parts = {key: loaded[key] for key in ("model", "ema") if _is_state(_get(loaded, key))}
+    if not parts and _is_state(loaded):
+        parts = {"model": loaded}
+    if not parts:
+        raise UserError(f"--official: {path}: holds no state dict, flat or under model or ema")
+    return parts
+
+
+def import_official(path: Path, config_path: Path, out: Path) -> None:
+    """Write a checkpoint folder with the weights of an official file.
+
+    `ema.safetensors` has the averaged weights where the file has them, else the live ones.
+    """
+    parts = read_official(path)
+    config = load_config(config_path)
+    with complete_folder(out) as folder:
+        for name in ("model", "ema"):
+            source = name if name in parts else next(iter(parts))
+            model = build_model(config.model)
+            load_official(model, config.model, parts[source])
+            save_weights(model, folder / f"{name}.safetensors")
+            log.info("%s.safetensors: from %r of %s", name, source, path)
+        (folder / CONFIG_FILE).write_text(dump_config(config))
+        (folder / STATE_FILE).write_text(json.dumps({"step": 0, "latents": None}))
+
+
+def export_official(checkpoint: Path, out: Path) -> None:
+    """Write `{model, ema}` of a checkpoint under official names."""
+    parts = {
+        name: to_official(load_pretrained(checkpoint, name).model) for name in ("model", "ema")
+    }
+    with complete_file(out) as temporary:
+        torch.save(parts, temporary)
+    log.info("%s: model and ema of %s", out, checkpoint)
+
+
+def _get(loaded: Any, key: str) -> Any:
+    return loaded.get(key) if isinstance(loaded, dict) else None
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(tensor, Tensor) for tensor in value.values())
+    )
+
+
+@command
+def main() -> None:
+    """Parse the command line and convert in one of the directions."""
+    parser = argparse.ArgumentParser(prog="models.convert", description=__doc__.split("\n\n")[1])
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--official", type=Path, help="published .pt file")
+    direction.add_argument("--to-official", type=Path, help="checkpoint or run folder of ours")
+    parser.add_argument("--config", type=Path, help="config of the published model")
+    parser.add_argument("--out", type=Path, required=True, help="folder, or .pt file")
+    flags = parser.parse_args()
+    if flags.to_official is not None:
+        export_official(flags.to_official, flags.out)
+    elif flags.config is None:
+        raise UserError("--config: needed with --official, a YAML file that describes the model")
+    else:
+        import_official(flags.official, flags.config, flags.out)
+
+
+if __name__ == "__main__":
+    main()

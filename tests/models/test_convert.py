@@ -1,0 +1,132 @@
+"""Official checkpoint files in and out, and what is refused in them."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from config.load import to_plain
+from core.errors import UserError
+from models.convert import export_official, import_official, read_official
+from models.official import from_official, to_official
+from models.pretrained import load_pretrained
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+sys.path.insert(0, str(GOLDEN))
+from adapter import load_case  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def official():
+    """State and constructor keywords of a recorded DiffMoE."""
+    tensors, config, _ = load_case(GOLDEN / "diffmoe_train.safetensors")
+    state = {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}
+    return state, config["ctor"]
+
+
+@pytest.fixture
+def config_path(official, tmp_path):
+    import dataclasses
+
+    state, ctor = official
+    model = dataclasses.asdict(from_official("diffmoe", ctor, state).config)
+    path = tmp_path / "model.yaml"
+    path.write_text(yaml.safe_dump({"model": to_plain(model)}))
+    return path
+
+
+def averaged(state):
+    return {k: v if k == "pos_embed" or "ema_decay" in k else v + 1 for k, v in state.items()}
+
+
+def test_a_training_checkpoint_in_and_out(official, config_path, tmp_path):
+    state, _ = official
+    file, folder = tmp_path / "official.pt", tmp_path / "ours"
+    args = argparse.Namespace(model="x", seed=1)
+    torch.save({"model": state, "ema": averaged(state), "opt": {"lr": 1}, "args": args}, file)
+    import_official(file, config_path, folder)
+    live, ema = (to_official(load_pretrained(folder, w).model) for w in ("model", "ema"))
+    for name, tensor in state.items():
+        assert torch.equal(live[name], tensor), name
+        assert torch.equal(ema[name], averaged(state)[name]), name
+    export_official(folder, tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert all(torch.equal(back["ema"][name], ema[name]) for name in state)
+    assert json.loads((folder / "state.json").read_text()) == {"step": 0, "latents": None}
+
+
+def test_a_flat_file_gives_both_weights(official, config_path, tmp_path):
+    state, _ = official
+    torch.save(state, tmp_path / "flat.pt")
+    import_official(tmp_path / "flat.pt", config_path, tmp_path / "ours")
+    for weights in ("model", "ema"):
+        model = load_pretrained(tmp_path / "ours", weights).model
+        assert torch.equal(
+            to_official(model)["x_embedder.proj.bias"], state["x_embedder.proj.bias"]
+        )
+
+
+class Evil:
+    def __reduce__(self):
+        return os.getcwd, ()
+
+
+def test_other_globals_are_named_and_refused(official, tmp_path):
+    torch.save({"model": official[0], "args": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match=r"evil\.pt: it holds the global \S*getcwd, which is refus"):
+        read_official(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense" * 100])
+def test_damaged_files_are_named(tmp_path, content):
+    (tmp_path / "bad.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.pt: (not readable|not a weights file)"):
+        read_official(tmp_path / "bad.pt")
+
+
+def test_a_file_without_weights_is_refused(tmp_path):
+    torch.save({"args": 3}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        read_official(tmp_path / "a.pt")
+
+
+def test_missing_and_left_over_names_are_said(official):
+    state, ctor = official
+    short = {k: v for k, v in state.items() if k != "final_layer.linear.bias"} | {
+        "x": state["pos_embed"]
+    }
+    with pytest.raises(
+        UserError,
+        match=r"1 tensor\(s\) missing \['final_layer\.linear\.bias'\], 1 left over \['x'\]",
+    ):
+        from_official("diffmoe", ctor, short)
+
+
+def test_other_positions_and_shapes_are_refused(official):
+    state, ctor = official
+    with pytest.raises(UserError, match="pos_embed is not the fixed value"):
+        from_official("diffmoe", ctor, state | {"pos_embed": state["pos_embed"] + 1})
+    table = torch.zeros(9, 32)
+    with pytest.raises(UserError, match=r"label_embed\.table\.weight is \(9, 32\)"):
+        from_official("diffmoe", ctor, state | {"y_embedder.embedding_table.weight": table})
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "wanted"),
+    [
+        ("vit", {}, "family: unknown 'vit'; known: diffmoe, diffmoe_dense"),
+        ("diffmoe", {"widht": 3}, "official constructor: unknown 'widht'"),
+        ("diffmoe", {"MoE_config": {"experts": 3}}, "MoE_config: unknown 'experts'"),
+        ("diffmoe", {"class_dropout_prob": 0.0}, "class_dropout_prob: 0 has no null class"),
+        ("dit", {}, "a dense family has none"),
+    ],
+)
+def test_other_constructors_are_refused(family, change, wanted, official):
+    state, ctor = official
+    with pytest.raises(UserError, match=wanted):
+        from_official(family, ctor | change, state)
