@@ -20,6 +20,7 @@ processes=$((gpus > 0 ? gpus : cores))
 processes=$((processes > 2 ? 2 : processes))
 export OMP_NUM_THREADS=$((cores / processes > 0 ? cores / processes : 1))
 steps=$(sed -n 's/^  max_steps: //p' config/quickstart.yaml)
+sampler_steps=$(sed -n 's/^  num_steps: //p' config/quickstart.yaml)
 checkpoint=$(printf 'step_%07d' "$steps")
 launch="torchrun --standalone --nproc_per_node=$processes"
 
@@ -45,10 +46,10 @@ stage $run/cache/manifest.json "Cache the latents" \
 stage $run/train/checkpoints/$checkpoint "Train DiffMoE" \
     $launch train.py --config config/quickstart.yaml --resume auto
 for scale in 1 2; do
-    stage $run/samples/$checkpoint-ema-euler40-cfg$scale-seed0-n500.json \
+    stage $run/samples/$checkpoint-ema-euler$sampler_steps-cfg$scale-seed0-n500.json \
         "Sample 500 digits at guidance $scale" \
         $launch sample_ddp.py --ckpt $run/train --image-size 32 --num-fid-samples 500 \
-        --per-proc-batch-size 125 --cfg-scale $scale --num-sampling-steps 40 \
+        --per-proc-batch-size 125 --cfg-scale $scale --num-sampling-steps "$sampler_steps" \
         --sample-dir $run/samples
 done
 stage $run/classifier.safetensors "A digit classifier to score them" \
