@@ -18,11 +18,11 @@ cores=$(getconf _NPROCESSORS_ONLN)
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 processes=$((gpus > 0 ? gpus : cores))
 processes=$((processes > 2 ? 2 : processes))
-export OMP_NUM_THREADS=$((cores / processes > 0 ? cores / processes : 1))
+threads=$((cores / processes > 0 ? cores / processes : 1))
 steps=$(sed -n 's/^  max_steps: //p' config/quickstart.yaml)
 sampler_steps=$(sed -n 's/^  num_steps: //p' config/quickstart.yaml)
 checkpoint=$(printf 'step_%07d' "$steps")
-launch="torchrun --standalone --nproc_per_node=$processes"
+launch="env OMP_NUM_THREADS=$threads torchrun --standalone --nproc_per_node=$processes"
 
 # stage FILE TITLE COMMAND...: run the command unless FILE, its last output, is there.
 stage() {
