@@ -139,13 +139,26 @@ class ModelConfig:
 
 @dataclass
 class FlowConfig:
-    """Rectified flow: velocity along the straight path from noise (t = 0) to data (t = 1).
+    """Flow matching from noise (t = 0) to data (t = 1); the defaults are rectified flow.
 
     Attributes:
         name: which objective.
+        path: x_t = alpha x + sigma noise is the `linear` (straight), `gvp` (sine and cosine) or
+            `vp` (variance-preserving diffusion) one.
+        prediction: what the model predicts.
+        loss_weighting: weigh a predicted noise, score or x as the `velocity` or the `likelihood`
+            would; `none` is the plain squared error.
+        train_eps: distance that training keeps from times where the formulas blow up; by default
+            1e-5 for vp, else 1e-3, and always 0 for a predicted velocity or x that is not vp.
+        sample_eps: the same for sampling; by default 1e-3.
     """
 
     name: Literal["flow"] = "flow"
+    path: Literal["linear", "gvp", "vp"] = "linear"
+    prediction: Literal["velocity", "noise", "score", "x"] = "velocity"
+    loss_weighting: Literal["none", "velocity", "likelihood"] = "none"
+    train_eps: float | None = None
+    sample_eps: float | None = None
 
 
 @dataclass
@@ -238,16 +251,25 @@ class SamplingConfig:
     """How samples are drawn, for grids during training and as sample_ddp.py's defaults.
 
     Attributes:
-        sampler: flow: euler, heun, dopri5; ddpm: ddpm, ddim. By default euler or ddpm.
-        num_steps: steps of the sampler; dopri5 chooses its own.
+        sampler: flow: euler, heun, dopri5 or another ODE method of torchdiffeq, or the SDE by
+            euler_maruyama or stochastic_heun; ddpm: ddpm, ddim. By default euler or ddpm.
+        num_steps: steps of the sampler, the SDE's last step included; adaptive methods such as
+            dopri5 choose their own.
         cfg_scale: classifier-free guidance scale; 1 is no guidance.
         cfg_interval: guide only at times low < t < high, as the model counts them; by default
             always.
         cfg_channels: guide all channels of the latent, or the first 3 as DiT and SiT do.
         cfg_pooling: conditional and unconditional half in `separate` calls, or `joint` in one
             batch, whose tokens a batch-level router then pools.
-        atol: absolute tolerance of dopri5.
-        rtol: relative tolerance of dopri5.
+        atol: absolute tolerance of adaptive methods.
+        rtol: relative tolerance of adaptive methods.
+        overshoot: adaptive methods step past the last time and interpolate back, as published
+            samplers do, asking the model about times that it never saw.
+        diffusion_form: w(t) of the SDE dx = (v + w s) dt + sqrt(2 w) dW.
+        diffusion_norm: factor of w(t).
+        last_step: how the SDE's last step goes, without noise: a step of the drift (`mean`) or of
+            the velocity (`euler`), or the expected data (`tweedie`).
+        last_step_size: its length in time.
     """
 
     sampler: str | None = None
@@ -258,6 +280,13 @@ class SamplingConfig:
     cfg_pooling: Literal["separate", "joint"] = "separate"
     atol: float = 1e-6
     rtol: float = 1e-3
+    overshoot: bool = False
+    diffusion_form: Literal[
+        "constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"
+    ] = "sigma"
+    diffusion_norm: float = 1.0
+    last_step: Literal["none", "mean", "tweedie", "euler"] = "mean"
+    last_step_size: float = 0.04
 
 
 @dataclass
@@ -298,7 +327,14 @@ FEED_FORWARDS = {
 
 OBJECTIVES = {"flow": FlowConfig, "ddpm": DDPMConfig}
 
-SAMPLERS = {"flow": ("euler", "heun", "dopri5"), "ddpm": ("ddpm", "ddim")}
+ODE_METHODS = (
+    *("euler", "heun", "dopri5", "midpoint", "rk4", "heun2", "heun3", "bosh3", "dopri8"),
+    *("fehlberg2", "adaptive_heun", "explicit_adams", "implicit_adams", "fixed_adams"),
+    "scipy_solver",
+)
+SDE_METHODS = ("euler_maruyama", "stochastic_heun")
+
+SAMPLERS = {"flow": (*ODE_METHODS, *SDE_METHODS), "ddpm": ("ddpm", "ddim")}
 
 CHOICES = {"model.feed_forward": FEED_FORWARDS, "objective": OBJECTIVES}
 """Sections whose dataclass is picked by their `name` key."""

@@ -2,10 +2,13 @@
 
 from config.schema import (
     SAMPLERS,
+    SDE_METHODS,
     Config,
     DDPMConfig,
     ExpertChoiceConfig,
+    FlowConfig,
     ModelConfig,
+    SamplingConfig,
     TokenChoiceConfig,
 )
 from core.errors import ConfigError
@@ -182,9 +185,35 @@ def _check_sampling(config: Config) -> None:
         f"sampling.sampler: {config.sampling.sampler!r} does not belong to objective.name "
         f"{config.objective.name}; known there: {', '.join(known)}",
     )
+    if isinstance(config.objective, FlowConfig):
+        _check_flow(config.objective, config.sampling)
     if isinstance(config.objective, DDPMConfig):
         _require(
             config.sampling.num_steps <= config.objective.num_timesteps,
             f"sampling.num_steps: {config.sampling.num_steps} is more than "
             f"objective.num_timesteps {config.objective.num_timesteps}",
         )
+
+
+def _check_flow(flow: FlowConfig, sampling: SamplingConfig) -> None:
+    _require(
+        flow.prediction != "velocity" or flow.loss_weighting == "none",
+        f"objective.loss_weighting: {flow.loss_weighting!r} means nothing for a predicted "
+        "velocity; allowed: none, or objective.prediction noise, score or x",
+    )
+    for key in ("train_eps", "sample_eps"):
+        eps = getattr(flow, key)
+        _require(eps is None or 0 <= eps < 0.5, f"objective.{key}: {eps} is not in [0, 0.5)")
+    size = sampling.last_step_size
+    _require(0 < size < 1, f"sampling.last_step_size: {size} is not in (0, 1)")
+    _require(
+        sampling.diffusion_norm >= 0,
+        f"sampling.diffusion_norm: {sampling.diffusion_norm} is negative",
+    )
+    _require(
+        sampling.sampler not in SDE_METHODS
+        or sampling.last_step == "none"
+        or sampling.num_steps > 1,
+        f"sampling.num_steps: {sampling.num_steps} is too small for {sampling.sampler} with a last "
+        "step; at least 2 is allowed",
+    )

@@ -48,8 +48,8 @@ def gaussian_kl(p: Gaussian, q: Gaussian) -> Tensor:
     """KL(p || q) of each element, in nats."""
     log_ratio = p.log_variance - q.log_variance
     shift = (p.mean - q.mean).square() * torch.exp(-q.log_variance)
-    # expm1, since the variances of two neighbouring distributions differ by little.
-    return 0.5 * (torch.expm1(log_ratio) - log_ratio + shift)
+    # In this order, although expm1 would lose less: published bounds carry its rounding.
+    return 0.5 * (-1 - log_ratio + torch.exp(log_ratio) + shift)
 
 
 def decoder_nll(x0: Tensor, p: Gaussian) -> Tensor:
@@ -104,13 +104,20 @@ class GaussianDiffusion:
             raise ValueError(f"timesteps: {len(self.timesteps)} given for {len(betas)} betas")
         self.mean_type = mean_type
         self.variance_type = variance_type
-        self._on_device = {torch.device("cpu"): self.tables}
+        self._on_device = {torch.device("cpu"): (self.tables, self.timesteps)}
+
+    def _tables_on(self, device: torch.device) -> tuple[ChainTables, Tensor]:
+        if device not in self._on_device:
+            self._on_device[device] = self.tables.to(device), self.timesteps.to(device)
+        return self._on_device[device]
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """(B,) the trained model's number of each step `t` of this chain."""
+        return self._tables_on(t.device)[1][t]
 
     def at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
         """Entry `t` of a table of `ChainTables`, (B, 1, 1, 1) in the dtype of `like`."""
-        if t.device not in self._on_device:
-            self._on_device[t.device] = self.tables.to(t.device)
-        values = getattr(self._on_device[t.device], table)[t].to(like.dtype)
+        values = getattr(self._tables_on(t.device)[0], table)[t].to(like.dtype)
         return values.view(-1, *[1] * (like.ndim - 1))
 
     def q_mean_variance(self, x0: Tensor, t: Tensor) -> Gaussian:

@@ -27,6 +27,7 @@ class DDPM:
         mean_type: what the model predicts.
         variance_type: reverse variance of a model that does not learn it.
         loss: which loss is minimised.
+        respacing: train on a shorter chain, a spec of `diffusion.respace`; "" is all steps.
     """
 
     samplers: tuple[str, ...] = tuple(SAMPLERS)
@@ -38,6 +39,7 @@ class DDPM:
         mean_type: MeanType = "epsilon",
         variance_type: VarianceType = "fixed_large",
         loss: LossType = "mse",
+        respacing: str = "",
     ):
         if loss not in get_args(LossType):
             raise unknown_name("loss", loss, get_args(LossType))
@@ -45,7 +47,7 @@ class DDPM:
         self.mean_type: MeanType = mean_type
         self.variance_type: VarianceType = variance_type
         self.betas = named_betas(config.noise_schedule, config.num_timesteps)
-        self.diffusion = self._chain(list(range(config.num_timesteps)))
+        self.diffusion = self._chain(kept_timesteps(config.num_timesteps, respacing))
 
     def training_losses(
         self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
@@ -67,12 +69,12 @@ class DDPM:
     def losses_at(
         self, model: Model, x: Tensor, cond: Tensor, t: Tensor, noise: Tensor
     ) -> LossTerms:
-        """Loss on data `x` at given timesteps `t` (B,) with given `noise` (B, C, H, W).
+        """Loss on data `x` at given steps `t` (B,) of the chain, with given `noise` (B, C, H, W).
 
         `named` has `mse`, and `vb` if the variance is learned; their sum is the loss.
         """
         x_t = self.diffusion.q_sample(x, t, noise)
-        output = model(x_t, t, cond)
+        output = model(x_t, self.diffusion.model_time(t), cond)
         terms = self.diffusion.loss_terms(output.prediction, x, x_t, t, noise, self.loss)
         per_sample = torch.stack(list(terms.values())).sum(dim=0)
         named = {name: term.detach() for name, term in terms.items()}
@@ -102,7 +104,7 @@ class DDPM:
 
     def respaced(self, num_steps: int) -> GaussianDiffusion:
         """The chain through `num_steps` evenly spaced steps, the last one among them."""
-        total = self.diffusion.num_timesteps
+        total = len(self.betas)
         if not 1 <= num_steps <= total:
             raise UserError(
                 f"sampling.num_steps: {num_steps} must be between 1 and "

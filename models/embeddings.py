@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 FREQUENCIES = 256
@@ -13,15 +14,16 @@ def timestep_features(t: Tensor, num_features: int = FREQUENCIES) -> Tensor:
 
     Args:
         t: (B,) times.
-        num_features: even number of features.
+        num_features: number of features.
 
     Returns:
-        (B, num_features): cosines, then sines, of t * 10000^(-i / (num_features / 2)).
+        (B, num_features): cosines, then sines, of t * 10000^(-i / (num_features // 2)); an odd
+        one out is 0.
     """
     half = num_features // 2
     index = torch.arange(half, dtype=torch.float32, device=t.device)
     angle = t.float()[:, None] * torch.exp(-math.log(10000.0) * index / half)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=1), (0, num_features % 2))
 
 
 class TimestepEmbedder(nn.Module):

@@ -3,7 +3,7 @@
 from config.schema import ObjectiveConfig
 from core.types import Objective
 from diffusion.objective import DDPM
-from transport.objective import RectifiedFlow
+from transport.objective import Flow
 
 
 def build_objective(config: ObjectiveConfig) -> Objective:
@@ -11,6 +11,6 @@ def build_objective(config: ObjectiveConfig) -> Objective:
     return OBJECTIVES[config.name](config)
 
 
-OBJECTIVES = {"flow": lambda config: RectifiedFlow(), "ddpm": DDPM}
+OBJECTIVES = {"flow": Flow, "ddpm": DDPM}
 """One line for each objective; its options are the dataclass of that name in
 `config.schema.OBJECTIVES`."""

@@ -1,27 +1,40 @@
-"""Rectified flow as an objective: velocity matching, and sampling by an ODE solver."""
+"""Flow matching along a path as an objective: losses, and sampling by an ODE or an SDE."""
 
 import torch
 from torch import Tensor
 
-from config.schema import SAMPLERS, SamplingConfig
+from config.schema import SAMPLERS, FlowConfig, SamplingConfig
 from core.errors import unknown_name
 from core.types import Draw, LossTerms, Model
-from transport.ode import dopri5, euler, heun
-from transport.path import interpolate, velocity
+from transport import ode, sde
+from transport.path import PATHS, Path, expand
+from transport.prediction import MIN_SIGMA, TO_SCORE, TO_VELOCITY
 
 
-class RectifiedFlow:
-    """Flow matching on the straight path (Eq. 31), with t uniform in [0, 1).
+class Flow:
+    """Interpolants between noise (t = 0) and data (t = 1) (SiT, Ma et al. 2024).
 
-    A model with twice the channels (`learn_sigma`) has its first half taken as the velocity.
+    The defaults are rectified flow (Eq. 24-31 of DiffMoE): the straight path, its velocity
+    predicted, t uniform. A model with twice the channels (`learn_sigma`) has its first half taken
+    as the prediction.
+
+    Args:
+        config: path, prediction and weighting; by default rectified flow.
     """
 
     samplers = SAMPLERS["flow"]
 
+    def __init__(self, config: FlowConfig | None = None):
+        self.config = config or FlowConfig()
+        self.path: Path = PATHS[self.config.path]
+        own = 1e-5 if self.config.path == "vp" else 1e-3
+        self.train_eps = own if self.config.train_eps is None else self.config.train_eps
+        self.sample_eps = 1e-3 if self.config.sample_eps is None else self.config.sample_eps
+
     def training_losses(
         self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
     ) -> LossTerms:
-        """Squared error of the velocity at times and noise drawn from `generator`.
+        """Loss at times and noise drawn from `generator`.
 
         Args:
             model: (x_t, t, cond) -> ModelOutput.
@@ -29,35 +42,175 @@ class RectifiedFlow:
             cond: conditions, handed on.
             generator: on the device of `x`.
         """
-        t = torch.rand(len(x), generator=generator, device=x.device)
+        t = self.time_of(torch.rand(len(x), generator=generator, device=x.device))
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         return self.losses_at(model, x, cond, t, noise)
 
     def losses_at(
         self, model: Model, x: Tensor, cond: Tensor, t: Tensor, noise: Tensor
     ) -> LossTerms:
-        """The loss at given times (B,) and noise (B, C, H, W)."""
-        output = model(interpolate(x, noise, t), t, cond)
-        error = output.prediction[:, : x.shape[1]].float() - velocity(x, noise)
-        mse = error.square().flatten(1).mean(dim=1)
+        """The loss at given times (B,) and noise (B, C, H, W): weighted mean squared error."""
+        output = model(self.path.interpolate(x, noise, t), t, cond)
+        prediction = output.prediction[:, : x.shape[1]].float()
+        error = self._error(prediction, x, noise, t).square().flatten(1).mean(dim=1)
+        mse = error if self.config.loss_weighting == "none" else self.weight(t) * error
         return LossTerms(mse, {"mse": mse}, output.routing)
+
+    def time_of(self, u: Tensor) -> Tensor:
+        """Training times from `u` uniform in [0, 1)."""
+        low, high = interval(self.config, self.train_eps)
+        return low + (high - low) * u
+
+    def _error(self, prediction: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        kind = self.config.prediction
+        if kind == "velocity":
+            return prediction - self.path.velocity(x, noise, t)
+        if kind == "noise":
+            return prediction - noise
+        if kind == "x":
+            return prediction - x
+        return self.path.sigma(expand(t, x)) * prediction + noise  # of the score, in noise's units
+
+    def weight(self, t: Tensor) -> Tensor:
+        """(B,) weight of the squared error.
+
+        `velocity` makes it the squared error of the velocity that the prediction implies,
+        `likelihood` a bound on the likelihood (SiT, Ma et al. 2024, Sec. 2.4; Song et al. 2021,
+        Theorem 1). Both for the error of the noise; that of x counts alpha / sigma times.
+        """
+        sigma, gain = self.path.sigma(t), self.path.score_gain(t)
+        if self.config.prediction == "x":
+            alpha, sigma = self.path.alpha(t), sigma.clamp(min=MIN_SIGMA)
+            wronskian = self.path.d_alpha(t) * self.path.sigma(t) - alpha * self.path.d_sigma(t)
+            to_velocity, to_likelihood = wronskian / sigma, wronskian * alpha / sigma**3
+        else:
+            to_velocity, to_likelihood = gain / sigma, gain / sigma**2
+        return to_velocity**2 if self.config.loss_weighting == "velocity" else to_likelihood
 
     def sample(
         self, model: Model, noise: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
     ) -> Tensor:
-        """Follow the model's velocity from `noise` (B, C, H, W) at t = 0 to t = 1.
+        """From `noise` (B, C, H, W) at t = 0 to data at t = 1.
 
         Raises:
             UserError: for a sampler that is not one of `samplers`.
         """
+        if settings.sampler not in self.samplers:
+            raise unknown_name("sampling.sampler", settings.sampler, self.samplers)
+        if settings.sampler in sde.SOLVERS:
+            return self._stochastic(model, noise, cond, settings, draw)
+        grid = _grid(*interval(self.config, self.sample_eps), settings.num_steps, noise)
+        return ode.solve(
+            self.velocity(model, cond),
+            noise,
+            grid,
+            settings.sampler,
+            settings.atol,
+            settings.rtol,
+            settings.overshoot,
+        )
+
+    def _stochastic(
+        self, model: Model, noise: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
+    ) -> Tensor:
+        """`num_steps` steps, the last of them by the rule for it where there is one."""
+        rule = settings.last_step
+        size = 0.0 if rule == "none" else settings.last_step_size
+        times = interval(
+            self.config, self.sample_eps, settings.diffusion_form, stochastic=True, last=size
+        )
+        steps = settings.num_steps - (rule != "none")
+        grid = _grid(*times, steps, noise)
+        return self.stochastic_path(model, noise, cond, settings, draw, grid)
+
+    def stochastic_path(
+        self,
+        model: Model,
+        noise: Tensor,
+        cond: Tensor,
+        settings: SamplingConfig,
+        draw: Draw,
+        grid: Tensor,
+    ) -> Tensor:
+        """The SDE along the rising times `grid`, then its last step."""
+        form, norm = sde.DIFFUSIONS[settings.diffusion_form], settings.diffusion_norm
+
+        def fields(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            t = t.expand(len(x))
+            prediction = model(x, t, cond).prediction[:, : x.shape[1]]
+            kind = self.config.prediction
+            return tuple(to[kind](self.path, prediction, x, t) for to in (TO_VELOCITY, TO_SCORE))
+
+        def diffusion(t: Tensor) -> Tensor:
+            return form(self.path, t, norm)
+
+        x = sde.SOLVERS[settings.sampler](fields, diffusion, noise, grid, draw)
+        return sde.last_step(
+            settings.last_step, self.path, fields, diffusion, x, grid[-1], settings.last_step_size
+        )
+
+    def velocity(self, model: Model, cond: Tensor) -> ode.Field:
+        """The model's velocity as a field over (x, t)."""
+        convert = TO_VELOCITY[self.config.prediction]
 
         def field(x: Tensor, t: Tensor) -> Tensor:
-            return model(x, t.expand(len(x)), cond).prediction[:, : noise.shape[1]]
+            t = t.expand(len(x))
+            return convert(self.path, model(x, t, cond).prediction[:, : x.shape[1]], x, t)
 
-        if settings.sampler == "euler":
-            return euler(field, noise, settings.num_steps)
-        if settings.sampler == "heun":
-            return heun(field, noise, settings.num_steps)
-        if settings.sampler == "dopri5":
-            return dopri5(field, noise, settings.atol, settings.rtol)
-        raise unknown_name("sampling.sampler", settings.sampler, self.samplers)
+        return field
+
+    def log_likelihood(
+        self, model: Model, x: Tensor, cond: Tensor, settings: SamplingConfig, probe: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) nats of data `x` (B, C, H, W), and the noise that the ODE takes to it.
+
+        Args:
+            model: differentiable in its first argument.
+            x: data.
+            cond: conditions, handed on.
+            settings: `sampler` (an ODE method), `num_steps`, tolerances.
+            probe: (B, C, H, W) random signs, for the divergence.
+        """
+        first, last = interval(self.config, self.sample_eps)
+        return ode.log_likelihood(
+            self.velocity(model, cond),
+            x,
+            _grid(1 - last, 1 - first, settings.num_steps, x),
+            settings.sampler,
+            probe,
+            settings.atol,
+            settings.rtol,
+            settings.overshoot,
+        )
+
+
+def interval(
+    config: FlowConfig,
+    eps: float,
+    diffusion_form: str | None = None,
+    stochastic: bool = False,
+    last: float = 0.0,
+) -> tuple[float, float]:
+    """Times between which a flow is trained or followed, short of where its formulas blow up.
+
+    Args:
+        config: path and prediction.
+        eps: distance kept from such an end.
+        diffusion_form: of the SDE.
+        stochastic: an SDE is followed, not the ODE.
+        last: length of the last step of the SDE, which begins where the interval ends.
+
+    Returns:
+        First and last time. Predicted noise and score have no velocity at t = 0 (but for VP,
+        whose alpha is never 0) nor at t = 1; the score of the SDE has no value at t = 1 either.
+    """
+    regular = config.prediction in ("velocity", "x")
+    if config.path != "vp" and regular and not stochastic:
+        return 0.0, 1.0
+    high = 1 - last if stochastic and last > 0 else 1 - eps
+    starts_late = not regular or (stochastic and diffusion_form == "sbdm")
+    return (eps if starts_late and config.path != "vp" else 0.0), high
+
+
+def _grid(first: float, last: float, num_steps: int, like: Tensor) -> Tensor:
+    return torch.linspace(first, last, num_steps + 1, dtype=like.dtype, device=like.device)

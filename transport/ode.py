@@ -1,6 +1,6 @@
-"""Solvers of dx/dt = f(x, t) from t = 0 to t = 1."""
+"""Solving dx/dt = f(x, t) along a grid of times, and the likelihood of data under such a flow."""
 
-import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,37 +10,110 @@ from torchdiffeq import odeint
 Field = Callable[[Tensor, Tensor], Tensor]
 """(x (B, ...), t scalar tensor) -> dx/dt (B, ...)."""
 
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+"""Methods that choose their own steps within a tolerance."""
 
-def euler(field: Field, x: Tensor, num_steps: int) -> Tensor:
-    """`num_steps` equal Euler steps, one evaluation each."""
-    times = _times(x, num_steps)
-    for now, then in itertools.pairwise(times):
-        x = x + (then - now) * field(x, now)
-    return x
+RENAMED = {"heun": "heun2"}
+"""Our names of torchdiffeq's methods where they differ."""
 
 
-def heun(field: Field, x: Tensor, num_steps: int) -> Tensor:
-    """`num_steps` equal steps of Heun's second-order method, two evaluations each."""
-    times = _times(x, num_steps)
-    for now, then in itertools.pairwise(times):
-        slope = field(x, now)
-        ahead = field(x + (then - now) * slope, then)
-        x = x + (then - now) * (slope + ahead) / 2
-    return x
+def solve(
+    field: Callable,
+    x: Tensor | tuple[Tensor, ...],
+    grid: Tensor,
+    method: str,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    overshoot: bool = False,
+    trajectory: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """The state at the last time of `grid`, starting from `x` at the first.
 
-
-def dopri5(field: Field, x: Tensor, atol: float, rtol: float) -> Tensor:
-    """Adaptive Dormand-Prince 5(4).
-
-    The last step is made to land on t = 1: left alone, the solver steps past it and
-    interpolates back, and the model would be asked about times that it never saw.
+    Args:
+        field: derivative of the state.
+        x: (B, ...), or several such tensors.
+        grid: (K,) rising or falling times. Methods with fixed steps step along it, adaptive ones
+            choose their own steps from its first to its last time.
+        method: `heun`, or any method of torchdiffeq.
+        atol: absolute tolerance of adaptive methods.
+        rtol: relative tolerance of adaptive methods.
+        overshoot: let adaptive methods step past the last time and interpolate back, as published
+            samplers do. By default they land on it, and the field is never asked about times
+            outside the grid: the model never saw them.
+        trajectory: return the states at all times of `grid`, (K, B, ...), instead of the last.
     """
-    times = _times(x, 1)
-    end = {"step_t": times[1:]}
-    return odeint(
-        lambda t, y: field(y, t), x, times, method="dopri5", atol=atol, rtol=rtol, options=end
-    )[-1]
+    low, high = grid.min(), grid.max()
+
+    def bounded(t: Tensor, y: Tensor) -> Tensor:
+        # The trial step that sets the size of the first one may reach beyond the end.
+        return field(y, t if overshoot else t.clamp(low, high))
+
+    options = {}
+    if method not in ADAPTIVE:
+        options = {"grid_constructor": lambda f, y, t: grid}
+    elif not overshoot and method != "scipy_solver":
+        options = {"step_t": grid[-1:]}
+    if method != "scipy_solver":
+        # Lists become tensors in the precision of the state, as in published samplers: step sizes
+        # are sensitive to such rounding.
+        parts = len(x) if isinstance(x, tuple) else 1
+        atol, rtol = [atol] * parts, [rtol] * parts
+    states = odeint(
+        bounded,
+        x,
+        grid if trajectory else grid[[0, -1]],
+        method=RENAMED.get(method, method),
+        atol=atol,
+        rtol=rtol,
+        options=options,
+    )
+    if trajectory:
+        return states
+    return tuple(s[-1] for s in states) if isinstance(states, tuple) else states[-1]
 
 
-def _times(x: Tensor, num_steps: int) -> Tensor:
-    return torch.linspace(0, 1, num_steps + 1, dtype=x.dtype, device=x.device)
+def log_likelihood(
+    field: Field,
+    x: Tensor,
+    grid: Tensor,
+    method: str,
+    probe: Tensor,
+    atol: float = 1e-6,
+    rtol: float = 1e-3,
+    overshoot: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log p(x) under the flow, by the change of variables (Grathwohl et al. 2019, Eq. 8).
+
+    log p(x) = log N(z; 0, 1) - integral of div f from noise to data; the divergence is estimated
+    by probe^T (df/dx) probe (Hutchinson). Solved in the time 1 - t, which runs from data to noise.
+
+    Args:
+        field: the velocity.
+        x: (B, ...) data.
+        grid: rising times 1 - t.
+        method: of `solve`.
+        probe: like `x`, independent entries of mean 0 and variance 1, such as random signs.
+        atol: absolute tolerance of adaptive methods.
+        rtol: relative tolerance of adaptive methods.
+        overshoot: see `solve`.
+
+    Returns:
+        (B,) log-likelihood in nats, and (B, ...) the noise z that the flow takes to `x`.
+    """
+
+    def backwards(state: tuple[Tensor, Tensor], time: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            point = state[0].detach().requires_grad_()
+            slope = field(point, 1 - time)
+            (gradient,) = torch.autograd.grad((slope * probe).sum(), point)
+        return -slope.detach(), -(gradient * probe).flatten(1).sum(dim=1)
+
+    start = (x, torch.zeros(len(x), dtype=x.dtype, device=x.device))
+    noise, change = solve(backwards, start, grid, method, atol, rtol, overshoot)
+    return normal_log_density(noise) + change, noise
+
+
+def normal_log_density(z: Tensor) -> Tensor:
+    """(B,) log density of (B, ...) under the standard normal distribution."""
+    z = z.flatten(1)
+    return -z.square().sum(dim=1) / 2 - z.shape[1] * math.log(2 * math.pi) / 2

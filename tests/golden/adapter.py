@@ -11,7 +11,21 @@ from safetensors import safe_open
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+from ddpm_cases import Losses, Sample, Schedule
+from embed_cases import Embed
 from models_cases import ModelCase
+from transport_cases import RectifiedFlowSample, Samplers, Terms
+
+CASES = {
+    "ddpm_schedule": Schedule,
+    "ddpm_losses": Losses,
+    "ddpm_sample": Sample,
+    "rf_sample": RectifiedFlowSample,
+    "sit_transport_terms": Terms,
+    "sit_transport_samplers": Samplers,
+    "embed": Embed,
+}
+"""Files without a model, by the `case` in their metadata."""
 
 
 def load_case(path: str | Path) -> tuple[dict[str, Tensor], dict, dict[str, str]]:
@@ -29,4 +43,5 @@ def recorded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def run_case(path: str | Path) -> dict[str, Tensor]:
     """Every result of the file at `path`, computed anew."""
     tensors, config, metadata = load_case(path)
-    return ModelCase(tensors, config, metadata["source"]).run()
+    kind = CASES.get(metadata["case"], ModelCase)
+    return kind(tensors, config, metadata["source"]).run()

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from case import Case, Tensors
 from torch import Tensor
 
 from config.schema import SamplingConfig
@@ -13,7 +14,7 @@ from models.official import from_official, moe_blocks, to_official
 from sampling.guidance import Guided
 from training import router_state
 from training.step import auxiliary_losses
-from transport.objective import RectifiedFlow
+from transport.objective import Flow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -26,34 +27,18 @@ FAMILIES = {
     "KwaiVGI/DiffMoE:models/models_DiffMoE.py": "diffmoe",
 }
 
-Tensors = dict[str, Tensor]
 
-
-class ModelCase:
+class ModelCase(Case):
     """One file: its inputs, its model, and the results by key."""
 
     def __init__(self, tensors: Tensors, config: dict, source: str):
-        self.tensors, self.config = tensors, config
+        super().__init__(tensors, config)
         self.family = FAMILIES[source.split(",")[0]]
         self.state = {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}
-        self.results: Tensors = {}
 
     def model(self, training: bool) -> DiT:
         """A fresh copy with the recorded weights."""
         return from_official(self.family, self.config["ctor"], self.state).train(training)
-
-    def inputs(self, *names: str) -> list[Tensor]:
-        """The tensors `in.<name>`."""
-        return [self.tensors[f"in.{name}"] for name in names]
-
-    def put(self, key: str, value: Tensor) -> None:
-        """Keep a result where the file has one of that name, in its dtype."""
-        if key in self.tensors:
-            self.results[key] = value.detach().clone().to(self.tensors[key].dtype)
-
-    def wants(self, prefix: str) -> bool:
-        """Whether the file has a key that begins so."""
-        return any(key.startswith(prefix) for key in self.tensors)
 
     def cut(self, prediction: Tensor) -> Tensor:
         """SiT's model gives the first C channels only."""
@@ -172,7 +157,7 @@ class ModelCase:
 
     def flow_loss(self, model: DiT) -> tuple[Tensor, list[RoutingRecord]]:
         x, t, y, noise = self.inputs("x", "t", "y", "noise")
-        terms = RectifiedFlow().losses_at(model, x, y, t, noise)
+        terms = Flow().losses_at(model, x, y, t, noise)
         self.put("out.rf.mse", terms.per_sample)
         self.put("out.rf.loss", terms.per_sample.mean())
         return terms.per_sample.mean(), terms.routing
@@ -228,7 +213,7 @@ class ModelCase:
             self.put("out.model", output.prediction) if prefix == "after." else None
             return output
 
-        terms = RectifiedFlow().losses_at(noted, x, y, t, noise)
+        terms = Flow().losses_at(noted, x, y, t, noise)
         router_state.update(model, [terms.routing], ALONE)
         self.put_state(prefix, model)
         return terms

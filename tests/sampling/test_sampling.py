@@ -11,7 +11,7 @@ from models.build import build_model
 from sampling.generate import Sampler, generate_set
 from sampling.grid import image_grid, save_png
 from sampling.guidance import CapacityMeter, Guided
-from transport.objective import RectifiedFlow
+from transport.objective import Flow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -89,7 +89,7 @@ def sampler():
         torch.nn.init.normal_(parameter, std=0.3)
     model.blocks[1].feed_forward.router.predictor.thresholds.fill_(0.5)
     settings = SamplingConfig(sampler="euler", num_steps=3, cfg_scale=2.0)
-    return Sampler(model, RectifiedFlow(), settings, (4, 4, 4), 3, 7, torch.device("cpu"))
+    return Sampler(model, Flow(), settings, (4, 4, 4), 3, 7, torch.device("cpu"))
 
 
 def run(sampler, path, processes=ALONE, num_samples=10):

@@ -21,7 +21,7 @@ from training.optim import (
     optimizer_tensors,
 )
 from training.step import train_step
-from transport.objective import RectifiedFlow
+from transport.objective import Flow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 LATENTS = {
@@ -61,9 +61,7 @@ def batches(count, seed=0):
 
 
 def step(model, optimizer, data, number=0):
-    result = train_step(
-        model, model, RectifiedFlow(), optimizer, iter(data), len(data), number, 0, ALONE
-    )
+    result = train_step(model, model, Flow(), optimizer, iter(data), len(data), number, 0, ALONE)
     router_state.update(model, result.records, ALONE)
     return result
 
@@ -114,7 +112,7 @@ def test_accumulation_is_the_mean_of_the_micro_batches(tmp_path):
     sums, losses = {n: torch.zeros_like(g) for n, g in together.items()}, []
     for slot in range(2):
         group = Processes(slot, 2, torch.device("cpu"))
-        alone = train_step(model, model, RectifiedFlow(), still, iter([data[slot]]), 1, 0, 0, group)
+        alone = train_step(model, model, Flow(), still, iter([data[slot]]), 1, 0, 0, group)
         losses.append(alone.losses["loss"] + alone.losses["capacity"])
         for n, p in model.named_parameters():
             sums[n] += p.grad / 2

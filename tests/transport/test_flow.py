@@ -1,76 +1,111 @@
-"""Rectified flow: path and loss by hand, solvers on fields with known solutions."""
+"""Flow matching: paths and their identities, losses by hand, sampling as a whole."""
 
 import math
 
 import pytest
 import torch
 
-from config.schema import SamplingConfig
+from config.schema import FlowConfig, SamplingConfig
 from core.errors import UserError
 from core.types import ModelOutput, RoutingRecord
-from transport.objective import RectifiedFlow
-from transport.ode import dopri5, euler, heun
-from transport.path import interpolate, velocity
+from transport.objective import Flow, interval
+from transport.path import PATHS
+from transport.prediction import TO_SCORE, TO_VELOCITY, noise_from_velocity
 
-START = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)
-
-
-def decay(x, t):
-    """dx/dt = -x + t, solved by x(t) = (x0 + 1) e^-t + t - 1."""
-    return -x + t
+KINDS = ("velocity", "noise", "score", "x")
+TIMES = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
 
 
-def solution(x0, t=1.0):
-    return (x0 + 1) * math.exp(-t) + t - 1
+def draws():
+    generator = torch.Generator().manual_seed(3)
+    shape = (len(TIMES), 2, 3, 3)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
 
 
-def test_noise_at_time_zero_and_data_at_time_one():
-    x, noise = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
-    assert torch.equal(interpolate(x, noise, torch.zeros(2)), noise)
-    assert torch.equal(interpolate(x, noise, torch.ones(2)), x)
-    t = torch.tensor([0.25, 0.75])
-    ahead = interpolate(x, noise, t + 0.125)
-    slope = (ahead - interpolate(x, noise, t)) / 0.125
-    torch.testing.assert_close(slope, velocity(x, noise), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("name", ["linear", "gvp"])
+def test_noise_at_time_zero_and_data_at_time_one(name):
+    x, noise = draws()
+    path = PATHS[name]
+    zero, one = torch.zeros_like(TIMES), torch.ones_like(TIMES)
+    torch.testing.assert_close(path.interpolate(x, noise, zero), noise)
+    torch.testing.assert_close(path.interpolate(x, noise, one), x)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(euler, 1), (heun, 2)])
-def test_solvers_converge_with_their_order(solver, order):
-    errors = [(solver(decay, START, n) - solution(START)).abs().max() for n in (20, 40)]
-    assert 0.85 * 2**order < errors[0] / errors[1] < 1.15 * 2**order
+@pytest.mark.parametrize("name", PATHS)
+def test_velocity_is_the_derivative_of_the_path(name):
+    x, noise = draws()
+    path = PATHS[name]
+    step = 1e-6
+    rise = path.interpolate(x, noise, TIMES + step) - path.interpolate(x, noise, TIMES - step)
+    torch.testing.assert_close(
+        rise / (2 * step), path.velocity(x, noise, TIMES), rtol=1e-6, atol=1e-6
+    )
 
 
-def test_euler_takes_equal_steps_from_zero():
-    times = []
-
-    def field(x, t):
-        times.append(float(t))
-        return torch.ones_like(x)
-
-    x = euler(field, START, 4)
-    assert times == [0.0, 0.25, 0.5, 0.75]
-    torch.testing.assert_close(x, START + 1)
-    times.clear()
-    heun(field, START, 2)
-    assert times == [0.0, 0.5, 0.5, 1.0]
+def test_vp_and_gvp_preserve_variance():
+    for name in ("vp", "gvp"):
+        path = PATHS[name]
+        torch.testing.assert_close(
+            path.alpha(TIMES) ** 2 + path.sigma(TIMES) ** 2, torch.ones_like(TIMES)
+        )
 
 
-def test_dopri5_is_exact_and_never_leaves_the_unit_interval():
-    times = []
+def truth(path, kind):
+    """x_t, and what a perfect model of `kind` says there."""
+    x, noise = draws()
+    sigma = path.sigma(TIMES).view(-1, 1, 1, 1)
+    said = {"velocity": path.velocity(x, noise, TIMES), "noise": noise, "x": x}
+    return path.interpolate(x, noise, TIMES), (said | {"score": -noise / sigma})[kind]
 
-    def field(x, t):
-        times.append(float(t))
-        return decay(x, t)
 
-    x = dopri5(field, START, atol=1e-9, rtol=1e-9)
-    torch.testing.assert_close(x, solution(START), rtol=1e-7, atol=1e-7)
-    assert min(times) >= 0
-    assert max(times) <= 1
-    assert len(times) > 12
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_prediction_gives_the_velocity_and_the_score(name, kind):
+    path = PATHS[name]
+    x_t, said = truth(path, kind)
+    for table, wanted in ((TO_VELOCITY, "velocity"), (TO_SCORE, "score")):
+        found = table[kind](path, said, x_t, TIMES)
+        large = path.sigma(TIMES) > 0.05  # below, a predicted x is divided by 0.05 instead
+        torch.testing.assert_close(found[large], truth(path, wanted)[1][large])
+    velocity = truth(path, "velocity")[1]
+    noise = noise_from_velocity(path, velocity, x_t, TIMES)
+    torch.testing.assert_close(noise, truth(path, "noise")[1])
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("kind", ["noise", "score", "x"])
+def test_velocity_weighting_is_the_loss_of_the_velocity(name, kind):
+    """A wrong prediction of any kind costs what its velocity would cost."""
+    x, noise = draws()
+    path = PATHS[name]
+    x_t, said = truth(path, kind)
+    wrong = said + 0.1
+    flow = Flow(FlowConfig("flow", name, kind, "velocity"))
+    terms = flow.losses_at(lambda *_: ModelOutput(wrong), x, None, TIMES, noise)
+    velocity = TO_VELOCITY[kind](path, wrong, x_t, TIMES)
+    error = velocity - TO_VELOCITY[kind](path, said, x_t, TIMES)
+    wanted = error.square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(terms.per_sample, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_likelihood_weighting_of_noise_score_and_x_is_one():
+    """The three say the same, so that one mistake costs the same."""
+    x, noise = draws()
+    costs = []
+    for kind in ("noise", "score", "x"):
+        path = PATHS["gvp"]
+        alpha, sigma = (f(TIMES).view(-1, 1, 1, 1) for f in (path.alpha, path.sigma))
+        unit = {"noise": 1.0, "score": -1 / sigma, "x": -sigma / alpha}[kind]
+        wrong = truth(path, kind)[1] + 0.1 * unit
+        flow = Flow(FlowConfig("flow", "gvp", kind, "likelihood"))
+        terms = flow.losses_at(lambda *_, w=wrong: ModelOutput(w), x, None, TIMES, noise)
+        costs.append(terms.per_sample[path.sigma(TIMES) > 0.05])
+    torch.testing.assert_close(costs[0], costs[1], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(costs[0], costs[2], rtol=1e-4, atol=1e-7)
 
 
 class Linear:
-    """Predicts a x + t, with records to hand on."""
+    """Predicts 3 x + t + cond, with records to hand on."""
 
     def __init__(self, channels=1):
         self.channels = channels
@@ -88,7 +123,7 @@ def test_loss_by_hand(channels):
     x, noise = torch.full((2, 1, 1, 2), 2.0), torch.full((2, 1, 1, 2), -1.0)
     t, cond = torch.tensor([0.0, 0.5]), torch.tensor([1.0, 0.0])
     model = Linear(channels)
-    terms = RectifiedFlow().losses_at(model, x, cond, t, noise)
+    terms = Flow().losses_at(model, x, cond, t, noise)
     predicted = torch.tensor([3 * -1.0 + 0 + 1, 3 * 0.5 + 0.5])
     torch.testing.assert_close(terms.per_sample, (predicted - 3.0).square())
     assert terms.routing is model.records
@@ -100,26 +135,45 @@ def test_draws_are_functions_of_the_generator():
 
     def loss(seed):
         g = torch.Generator().manual_seed(seed)
-        return RectifiedFlow().training_losses(Linear(), x, cond, g).per_sample
+        return Flow().training_losses(Linear(), x, cond, g).per_sample
 
     assert torch.equal(loss(1), loss(1))
     assert not torch.equal(loss(1), loss(2))
 
 
-@pytest.mark.parametrize("sampler", RectifiedFlow.samplers)
+@pytest.mark.parametrize(
+    ("path", "prediction", "wanted"),
+    [
+        ("linear", "velocity", (0, 1)),
+        ("linear", "x", (0, 1)),
+        ("gvp", "noise", (0.001, 0.999)),
+        ("vp", "score", (0, 0.999)),
+        ("vp", "velocity", (0, 0.999)),
+    ],
+)
+def test_a_flow_is_followed_where_its_formulas_hold(path, prediction, wanted):
+    flow = Flow(FlowConfig("flow", path, prediction))
+    assert interval(flow.config, flow.sample_eps) == wanted
+
+
+@pytest.mark.parametrize("sampler", [s for s in Flow.samplers if "adams" not in s])
 def test_sampling_follows_the_velocity_of_the_conditions(sampler):
-    settings = SamplingConfig(sampler=sampler, num_steps=200, atol=1e-8, rtol=1e-8)
+    """dx/dt = -x + cond; the SDE with w = 0 is the same equation."""
+    settings = SamplingConfig(
+        sampler=sampler, num_steps=200, atol=1e-8, rtol=1e-8, diffusion_norm=0.0, last_step="euler",
+        last_step_size=0.005,
+    )  # fmt: skip
     noise, cond = torch.zeros(2, 1, 1, 1), torch.tensor([0.0, 2.0])
 
     def model(x, t, cond):
         return ModelOutput(-x + cond[:, None, None, None])
 
-    x = RectifiedFlow().sample(model, noise, cond, settings, None)
+    x = Flow().sample(model, noise, cond, settings, lambda: torch.zeros(2, 1, 1, 1))
     expected = cond * (1 - math.exp(-1))
     torch.testing.assert_close(x.flatten(), expected, rtol=5e-3, atol=1e-5)
 
 
 def test_an_unknown_sampler_is_refused():
     settings = SamplingConfig(sampler="ddim")
-    with pytest.raises(UserError, match=r"unknown 'ddim'; known: dopri5, euler, heun"):
-        RectifiedFlow().sample(Linear(), torch.zeros(1, 1, 1, 1), torch.zeros(1), settings, None)
+    with pytest.raises(UserError, match=r"unknown 'ddim'; known: adaptive_heun, bosh3"):
+        Flow().sample(Linear(), torch.zeros(1, 1, 1, 1), torch.zeros(1), settings, None)
