@@ -11,7 +11,8 @@ on one thread, so start as many as there are cores.
 
 from core.distributed import processes
 from core.errors import command
-from sampling.command import parse_flags, sample_from_checkpoint
+from sampling.command import sample_from_checkpoint
+from sampling.flags import parse_flags
 
 
 @command

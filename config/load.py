@@ -33,6 +33,7 @@ def parse_config(argv: list[str], prog: str, world_size: int = 1) -> Config:
     Raises:
         ConfigError: for anything that is unknown, of a wrong type or impossible.
     """
+    argv = [_underscored(word) for word in argv]
     early = _early_flags(argv)
     raw = read_file(Path(early.config)) if early.config else {}
     for key, name in vars(early).items():
@@ -56,6 +57,18 @@ def load_config(path: Path) -> Config:
     config = _finish(parser.get_defaults().as_dict(), default_run=_run_name(str(path)))
     validate(config)
     return config
+
+
+def typed_file(path: Path, kind: type) -> Any:
+    """A YAML file as the dataclass `kind`, its own defaults where the file says nothing."""
+    raw = read_file(path)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    try:
+        _add_section(parser, "", kind, raw)
+        parser.set_defaults(_flat(_typed(parser, raw)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return _build("", kind, parser.get_defaults().as_dict())
 
 
 def dump_config(config: Config) -> str:
@@ -99,6 +112,14 @@ def merge(below: dict, above: dict, at: str = "") -> dict:
         both = isinstance(old, dict) and isinstance(value, dict)
         merged[key] = merge(old, value, path) if both else value
     return merged
+
+
+def _underscored(word: str) -> str:
+    """`--init-from` is `--init_from`, as every flag may be spelt."""
+    flag, equals, value = word.partition("=")
+    return (
+        flag.replace("-", "_").replace("__", "--", 1) + equals + value if word[:2] == "--" else word
+    )
 
 
 def _early_flags(argv: list[str]) -> argparse.Namespace:

@@ -118,6 +118,8 @@ class ModelConfig:
             objective needs (ddpm: true, flow: false).
         moe_every: every n-th block (2: the second, fourth, ...; 1: all) has the configured
             feed-forward layer, the others a dense one.
+        expert_backend: how experts compute: `bmm` (equal counts), `loop` (one by one),
+            `grouped_mm` (any counts in one kernel), or what is fastest on the device.
         feed_forward: the feed-forward layer.
     """
 
@@ -134,6 +136,7 @@ class ModelConfig:
     label_dropout: float = 0.1
     learn_sigma: bool | None = None
     moe_every: int = 2
+    expert_backend: Literal["auto", "loop", "bmm", "grouped_mm"] = "auto"
     feed_forward: FeedForwardConfig = field(default_factory=DiffMoEConfig)
 
 

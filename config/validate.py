@@ -100,6 +100,12 @@ def _check_model(model: ModelConfig) -> None:
         f"model.moe_every: {model.moe_every} is larger than model.depth {model.depth}, so that no "
         f"block would have the {model.feed_forward.name} layer",
     )
+    widths = model.hidden_size, int(model.hidden_size * model.mlp_ratio)
+    _require(
+        model.expert_backend != "grouped_mm" or all(width % 8 == 0 for width in widths),
+        f"model.expert_backend: grouped_mm wants widths in multiples of 8; model.hidden_size and "
+        f"the experts' width are {widths[0]} and {widths[1]}",
+    )
 
 
 def _check_experts(config: Config) -> None:
@@ -184,6 +190,12 @@ def _check_sampling(config: Config) -> None:
         config.sampling.sampler in known,
         f"sampling.sampler: {config.sampling.sampler!r} does not belong to objective.name "
         f"{config.objective.name}; known there: {', '.join(known)}",
+    )
+    low, high = config.sampling.cfg_interval or (0, 1)
+    _require(
+        low < high,
+        f"sampling.cfg_interval: {config.sampling.cfg_interval} is empty; the first time must be "
+        "below the second",
     )
     if isinstance(config.objective, FlowConfig):
         _check_flow(config.objective, config.sampling)

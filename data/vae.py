@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, H and W of the image, h = H / factor and w =
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,12 +71,20 @@ class VAE:
         return self.model.decode(unscaled).sample.clamp(-1.0, 1.0)
 
 
-def to_uint8(images: Tensor) -> Tensor:
+PIXELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "adm": lambda x: (x + 1) * 127.5,
+    "dit": lambda x: 127.5 * x + 128.0,
+    "jit": lambda x: ((x + 1) / 2 * 255).round(),
+}
+"""Rules from [-1, 1] to 0 ... 255 by the published sampler that has them; fractions are cut."""
+
+
+def to_uint8(images: Tensor, rule: str = "dit") -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] as uint8 (B, H, W, 3) on the CPU.
 
-    DiT's rule, clamp(127.5 x + 128, 0, 255) and truncation, so that FID compares with its files.
+    FID compares with a published one only under its `rule`, one of PIXELS.
     """
-    values = (127.5 * images.float() + 128.0).clamp(0.0, 255.0)
+    values = PIXELS[rule](images.float()).clamp(0.0, 255.0)
     return values.permute(0, 2, 3, 1).to("cpu", torch.uint8).contiguous()
 
 

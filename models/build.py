@@ -46,7 +46,13 @@ def _expert_choice(config: ModelConfig) -> MoEFeedForward:
 
 def _experts(config: ModelConfig) -> Experts:
     num_experts = config.feed_forward.num_experts
-    return Experts(num_experts, config.hidden_size, _intermediate_size(config), config.mlp)
+    return Experts(
+        num_experts,
+        config.hidden_size,
+        _intermediate_size(config),
+        config.mlp,
+        config.expert_backend,
+    )
 
 
 def _shared(config: ModelConfig) -> nn.Module | None:

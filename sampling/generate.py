@@ -6,6 +6,7 @@ although DiffMoE's routing depends on the batch.
 """
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +21,9 @@ from core.logging import progress
 from core.npz import NpzWriter
 from core.rng import SampleNoise, generator
 from core.types import Objective
-from data.vae import VAE, to_uint8
 from models.dit import DiT
 from sampling.guidance import CapacityMeter, Guided
+from sampling.labels import Labels
 
 GRID_IMAGES = 100
 
@@ -36,8 +37,7 @@ class Sampler:
         objective: decides how noise becomes data.
         settings: sampler, steps, guidance.
         latent_shape: (C, H, W).
-        num_classes: labels are 0 ... num_classes - 1.
-        seed: of noise and labels.
+        seed: of the noise.
         device: where the model is.
     """
 
@@ -45,25 +45,19 @@ class Sampler:
     objective: Objective
     settings: SamplingConfig
     latent_shape: tuple[int, int, int]
-    num_classes: int
     seed: int
     device: torch.device
 
-    def label(self, index: int) -> int:
-        """The class of sample `index`, uniform."""
-        draw = generator(self.seed, "sample label", index)
-        return int(torch.randint(self.num_classes, (), generator=draw))
-
     @torch.no_grad()
-    def latents(self, indices: range, labels: list[int]) -> tuple[Tensor, Tensor | None]:
-        """Latents (B, C, H, W) of the samples `indices` and the capacity (B,) of each."""
+    def latents(self, indices: range, labels: list[int]) -> tuple[Tensor, CapacityMeter]:
+        """Latents (B, C, H, W) of the samples `indices`, and what their making cost."""
         generators = [generator(self.seed, "sample noise", i) for i in indices]
         draw = SampleNoise(generators, self.latent_shape, self.device)
         cond = torch.tensor(labels, device=self.device)
         meter = CapacityMeter(self.model, len(indices))
         guided = Guided(meter, self.model.null_condition, self.settings)
         latents = self.objective.sample(guided, draw(), cond, self.settings, draw)
-        return latents, meter.capacity()
+        return latents, meter
 
 
 @dataclass
@@ -75,17 +69,21 @@ class SampleSet:
         first: (min(N, 100), H, W, 3) uint8, the first of them.
         labels: (N,) int64.
         capacity: mean C_infer; None without MoE layers.
+        nfe: evaluations of the model for each sample, guidance counting twice; the mean where an
+            adaptive solver takes more for some blocks.
     """
 
     path: Path
     first: Tensor
     labels: np.ndarray
     capacity: float | None
+    nfe: float
 
 
 def generate_set(
     sampler: Sampler,
-    vae: VAE,
+    labels: Labels,
+    decode: Callable[[Tensor], Tensor],
     num_samples: int,
     block_size: int,
     path: Path,
@@ -95,7 +93,8 @@ def generate_set(
 
     Args:
         sampler: makes the latents.
-        vae: decodes them.
+        labels: the class of each sample.
+        decode: latents (B, C, h, w) -> images (B, H, W, 3) uint8.
         num_samples: N.
         block_size: B, samples per forward pass of a process.
         path: of a file with `arr_0` (N, H, W, 3) uint8 and `labels` (N,) int64.
@@ -111,7 +110,7 @@ def generate_set(
     kept_of = {first: min(block_size, num_samples - first) for first in mine}
     with progress(None, processes, "sampling", "img", total=sum(kept_of.values())) as bar:
         for first, kept in kept_of.items():
-            _write_block(sampler, vae, first, block_size, kept, parts)
+            _write_block(sampler, labels, decode, range(first, first + block_size), kept, parts)
             bar.update(kept)
     processes.barrier()
     if not processes.is_main:
@@ -122,26 +121,38 @@ def generate_set(
 
 
 def _write_block(
-    sampler: Sampler, vae: VAE, first: int, block_size: int, kept: int, parts: Path
+    sampler: Sampler,
+    label: Labels,
+    decode: Callable[[Tensor], Tensor],
+    indices: range,
+    kept: int,
+    parts: Path,
 ) -> None:
-    indices = range(first, first + block_size)
-    labels = [sampler.label(i) for i in indices]
-    latents, capacity = sampler.latents(indices, labels)
-    images = to_uint8(vae.decode(latents))[:kept].cpu().numpy()
+    labels = [label(i) for i in indices]
+    latents, cost = sampler.latents(indices, labels)
+    images = decode(latents)[:kept].cpu().numpy()
+    capacity = cost.capacity()
     measured = np.empty(0) if capacity is None else capacity[:kept].double().cpu().numpy()
-    with complete_file(parts / f"{first:09d}.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, images=images, labels=np.array(labels[:kept]), capacity=measured)
+    with complete_file(parts / f"{indices[0]:09d}.npz") as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            images=images,
+            labels=np.array(labels[:kept]),
+            capacity=measured,
+            nfe=np.full(kept, cost.calls),
+        )
 
 
 def _assemble(blocks: list[Path], num_samples: int, path: Path) -> SampleSet:
     """Join the blocks into one `.npz`, a block at a time: 50,000 images need no memory."""
-    labels, capacities, first = [], [], []
+    labels, capacities, evaluations, first = [], [], [], []
     with complete_file(path) as temporary, NpzWriter(temporary) as archive:
         for i, block in enumerate(blocks):
             with np.load(block) as part:
                 images = part["images"]
                 labels.append(part["labels"])
                 capacities.append(part["capacity"])
+                evaluations.append(part["nfe"])
             if len(first) < GRID_IMAGES:
                 first.extend(images[: GRID_IMAGES - len(first)])
             if i == 0:
@@ -152,4 +163,5 @@ def _assemble(blocks: list[Path], num_samples: int, path: Path) -> SampleSet:
         archive.append(all_labels)
     capacity = np.concatenate(capacities)
     mean = float(capacity.mean()) if len(capacity) else None
-    return SampleSet(path, torch.from_numpy(np.stack(first)), all_labels, mean)
+    nfe = float(np.concatenate(evaluations).mean())
+    return SampleSet(path, torch.from_numpy(np.stack(first)), all_labels, mean, nfe)

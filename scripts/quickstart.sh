@@ -46,7 +46,7 @@ stage $run/cache/manifest.json "Cache the latents" \
 stage $run/train/checkpoints/$checkpoint "Train DiffMoE" \
     $launch train.py --config config/quickstart.yaml --resume auto
 for scale in 1 2; do
-    stage $run/samples/$checkpoint-ema-euler$sampler_steps-cfg$scale-seed0-n500.json \
+    stage $run/samples/$checkpoint-ema-euler$sampler_steps-cfg$scale-b125-seed0-n500.json \
         "Sample 500 digits at guidance $scale" \
         $launch sample_ddp.py --ckpt $run/train --image-size 32 --num-fid-samples 500 \
         --per-proc-batch-size 125 --cfg-scale $scale --num-sampling-steps "$sampler_steps" \

@@ -14,7 +14,8 @@ from config.schema import FEED_FORWARDS, OBJECTIVES
 from core.distributed import Processes
 from core.errors import UserError
 from models.pretrained import load_pretrained
-from sampling.command import parse_flags, sample_from_checkpoint
+from sampling.command import sample_from_checkpoint
+from sampling.flags import parse_flags
 from training.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -145,12 +146,27 @@ def test_flags_override_the_checkpoints_settings(trained, tmp_path):
     assert record["capacity_infer"] > 0
 
 
+def test_names_of_sets_differ_where_their_settings_do(trained, tmp_path):
+    """One folder takes sets of any settings without one replacing another."""
+    plain = ["--cfg-scale", 1]
+    variants = [
+        *([], ["--cfg-scale", 2], ["--cfg-scale", 2, "--cfg-channels", "first3"]),
+        *(["--per-proc-batch-size", 2], ["--pixels", "adm"], ["--labels", "balanced"]),
+        *(["--sampler", "dopri5"], ["--sampler", "dopri5", "--overshoot"]),
+    ]
+    for flags in variants:
+        run_sampling(trained, tmp_path, "--num-sampling-steps", 2, *plain, *flags)
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert len(records) == len(variants)
+    assert {r["nfe"] for r in records if r["sampler"] == "euler"} == {2, 4}
+
+
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
         (["--image-size", 256], r"--image-size: 256 is not allowed; .*step_0000004 has 16"),
         (["--num-classes", 1000], r"--num-classes: 1000 is not allowed"),
-        (["--sampler", "ddim"], r"--sampler \(objective flow\): unknown 'ddim'; known: dopri5"),
+        (["--sampler", "ddim"], r"sampling.sampler: 'ddim' does not belong to objective.name flow"),
         (["--vae", "/nowhere"], r"vae_path: '/nowhere' is not a folder"),
         (["--weights", "model", "--ckpt", "/nowhere"], r"/nowhere: no checkpoint here"),
     ],

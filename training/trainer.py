@@ -121,7 +121,6 @@ class Trainer:
             self.objective,
             config.sampling,
             self.cache.latent_shape,
-            config.model.num_classes,
             config.seed,
             self.processes.device,
         )

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from core.types import RoutingPlan
 
+ALIGNMENT = 16
+"""Bytes in whose multiples `grouped_mm` wants the rows of its operands."""
+
 
 class Experts(nn.Module):
     """E copies of a dense feed-forward layer in one tensor per weight.
@@ -15,14 +18,29 @@ class Experts(nn.Module):
     Weights lie as (E, in, out), so that a batched product reads each expert's slice as it is.
     `gelu` experts have biases b1 (E, H) and b2 (E, D); `swiglu` experts have none, and the first
     weight (E, D, 2 H) holds gate, then up.
+
+    Args:
+        num_experts: E.
+        hidden_size: D.
+        intermediate_size: H.
+        mlp: `gelu` or `swiglu`.
+        backend: `bmm` is one batched product, for equal counts; `loop` goes expert by expert, as
+            the pseudo-code of Algorithms 1-4 does; `grouped_mm` is one kernel for any counts.
+            `auto` takes bmm where counts are equal, else what is fastest on the device.
     """
 
     def __init__(
-        self, num_experts: int, hidden_size: int, intermediate_size: int, mlp: str = "gelu"
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        mlp: str = "gelu",
+        backend: str = "auto",
     ):
         super().__init__()
         E, D, H = num_experts, hidden_size, intermediate_size
         self.mlp = mlp
+        self.backend = backend
         self.w1 = nn.Parameter(torch.empty(E, D, 2 * H if mlp == "swiglu" else H))
         self.w2 = nn.Parameter(torch.empty(E, H, D))
         biased = mlp == "gelu"
@@ -45,9 +63,25 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
         """Outputs (N, D) of the experts for their tokens `x` (N, D), sorted by expert."""
-        if plan.capacity is not None:
+        backend = self._backend(x, plan)
+        if backend == "bmm":
             return self._batched(x, plan.capacity)
+        if backend == "grouped_mm":
+            return self._grouped(x, plan)
         return self._loop(x, plan.tokens_per_expert)
+
+    def _backend(self, x: Tensor, plan: RoutingPlan) -> str:
+        """What computes this plan; `bmm` steps aside for `loop` where counts vary."""
+        if self.backend in ("loop", "grouped_mm"):
+            return self.backend
+        if plan.capacity is not None:
+            return "bmm"
+        if self.backend == "bmm":
+            return "loop"
+        fits = all(w * _dtype(x).itemsize % ALIGNMENT == 0 for w in self.w2.shape[1:])
+        # A compiled graph cannot wait for the counts. On CPUs the kernel is a loop, and a slow one.
+        wanted = x.is_cuda and _dtype(x) == torch.bfloat16
+        return "grouped_mm" if fits and (wanted or torch.compiler.is_compiling()) else "loop"
 
     def _batched(self, x: Tensor, capacity: int) -> Tensor:
         """Equal counts: one batched product for all experts, no look at the device."""
@@ -65,11 +99,29 @@ class Experts(nn.Module):
             outputs.append(_product(h, self.w2[one], b2)[0])
         return torch.cat(outputs)
 
+    def _grouped(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+        """Counts that vary, known to the device only."""
+        offsets = plan.tokens_per_expert.cumsum(0).to(torch.int32)
+        dtype = _dtype(x)  # the kernel takes no notice of autocast on CPUs
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            y = F.grouped_mm(x.to(dtype), weight.to(dtype), offs=offsets)
+            return y if bias is None else y + bias.to(dtype).index_select(0, expert)
+
+        expert = None if self.b1 is None else plan.expert_of_pair()
+        return product(self._activate(product(x, self.w1, self.b1)), self.w2, self.b2)
+
     def _activate(self, h: Tensor) -> Tensor:
         if self.mlp == "gelu":
             return F.gelu(h, approximate="tanh")
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate) * up
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """In which matrix products of `x` are computed."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -59,6 +59,13 @@ def test_flags_win_over_files(tmp_path):
     assert config.data.horizontal_flip is False
 
 
+def test_hyphens_do_for_underscores():
+    flags = ["--init-from", "runs/old-run", "--optim.weight-decay=0.1", "--run-dir=runs/a-b"]
+    config = parse_config(flags, "train.py")
+    assert (config.init_from, config.run_dir) == ("runs/old-run", "runs/a-b")
+    assert config.optim.weight_decay == 0.1
+
+
 def test_a_name_picks_the_dataclass_of_its_section(tmp_path):
     path = write(tmp_path / "run.yaml", "model: {feed_forward: {name: token_choice, top_k: 2}}\n")
     assert parse("--config", path).model.feed_forward == TokenChoiceConfig(top_k=2)

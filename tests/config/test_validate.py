@@ -51,6 +51,19 @@ def parse(*argv, world_size=1):
             r"inference: 'dynamic' needs .*capacity_predictor true; allowed without: topk",
         ),
         (["--train.global_batch_size", "100"], r"100 is not a multiple of .* 64 x 1 process"),
+        (["--objective.loss_weighting", "velocity"], r"'velocity' means nothing for a predicted"),
+        (["--objective.train_eps", "0.5"], r"objective\.train_eps: 0\.5 is not in \[0, 0\.5\)"),
+        (["--sampling.last_step_size", "0"], r"last_step_size: 0\.0 is not in \(0, 1\)"),
+        (["--sampling.diffusion_norm", "-1"], r"diffusion_norm: -1\.0 is negative"),
+        (["--sampling.cfg_interval", "[0.5, 0.5]"], r"cfg_interval: \(0\.5, 0\.5\) is empty"),
+        (
+            ["--sampling.sampler", "euler_maruyama", "--sampling.num_steps", "1"],
+            r"num_steps: 1 is too small for euler_maruyama with a last step",
+        ),
+        (
+            ["--model.expert_backend", "grouped_mm", "--model.hidden_size", "12"],
+            r"expert_backend: grouped_mm wants widths in multiples of 8; .* are 12 and 48",
+        ),
         (["--sampling.sampler", "ddim"], r"'ddim' does not belong to objective\.name flow; known"),
         (
             ["--objective.name", "ddpm", "--sampling.num_steps", "1001"],

@@ -95,10 +95,18 @@ def test_damaged_or_incomplete_weights(vae_folder, tmp_path):
         load_autoencoder(str(folder))
 
 
-def test_uint8_rule():
+@pytest.mark.parametrize(
+    ("rule", "wanted"),
+    [
+        ("dit", [0, 0, 128, 191, 255, 255]),
+        ("adm", [0, 0, 127, 191, 255, 255]),
+        ("jit", [0, 0, 128, 191, 255, 255]),
+    ],
+)
+def test_uint8_rules(rule, wanted):
     values = torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0])
     images = values.view(1, 1, 1, 6).expand(1, 3, 2, 6)
-    result = to_uint8(images)
+    result = to_uint8(images, rule)
     assert result.shape == (1, 2, 6, 3)
     assert result.dtype == torch.uint8
-    assert result[0, 0, :, 0].tolist() == [0, 0, 128, 191, 255, 255]
+    assert result[0, 0, :, 0].tolist() == wanted

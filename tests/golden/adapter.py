@@ -44,4 +44,4 @@ def run_case(path: str | Path) -> dict[str, Tensor]:
     """Every result of the file at `path`, computed anew."""
     tensors, config, metadata = load_case(path)
     kind = CASES.get(metadata["case"], ModelCase)
-    return kind(tensors, config, metadata["source"]).run()
+    return kind(tensors, config, metadata).run()

@@ -1,5 +1,7 @@
 """What the kinds of golden cases share: inputs by name, results under the file's keys."""
 
+import json
+
 import torch
 from torch import Tensor
 
@@ -9,10 +11,11 @@ Tensors = dict[str, Tensor]
 
 
 class Case:
-    """One file: tensors, the `config` of its metadata, and the results found so far."""
+    """One file: tensors, `config` and `info` of its metadata, and the results found so far."""
 
-    def __init__(self, tensors: Tensors, config: dict, source: str = ""):
+    def __init__(self, tensors: Tensors, config: dict, metadata: dict[str, str]):
         self.tensors, self.config = tensors, config
+        self.info: dict = json.loads(metadata.get("info", "{}"))
         self.results: Tensors = {}
 
     def inputs(self, *names: str) -> list[Tensor]:

@@ -31,9 +31,9 @@ FAMILIES = {
 class ModelCase(Case):
     """One file: its inputs, its model, and the results by key."""
 
-    def __init__(self, tensors: Tensors, config: dict, source: str):
-        super().__init__(tensors, config)
-        self.family = FAMILIES[source.split(",")[0]]
+    def __init__(self, tensors: Tensors, config: dict, metadata: dict[str, str]):
+        super().__init__(tensors, config, metadata)
+        self.family = FAMILIES[metadata["source"].split(",")[0]]
         self.state = {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}
 
     def model(self, training: bool) -> DiT:

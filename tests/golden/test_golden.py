@@ -42,7 +42,7 @@ def test_official_weights_survive_the_round_trip_bitwise(path):
     from models_cases import ModelCase
 
     tensors, config, metadata = load_case(path)
-    case = ModelCase(tensors, config, metadata["source"])
+    case = ModelCase(tensors, config, metadata)
     back = to_official(from_official(case.family, config["ctor"], case.state))
     assert back.keys() == case.state.keys()
     for name, tensor in case.state.items():

@@ -116,13 +116,20 @@ class Terms(Transport):
             self.put(key, convert(made.path, self.model(kind)(x_t, t, y).prediction, x_t, t))
 
     def intervals(self, made: Flow) -> list[tuple[float, float]]:
-        """Row by row of the metadata's `check_interval_rows`, which are these in every file."""
-        follow = interval(made.config, made.sample_eps)
-        rows = [follow, tuple(1 - t for t in follow)]
-        for form in ("sbdm", "sigma"):
-            for last in (0.0, 0.04):
-                rows.append(interval(made.config, made.sample_eps, form, True, last))
-        return [*rows, interval(made.config, made.train_eps)]
+        """One row for each name of the metadata: train, ode, ode_reverse, sde.<form>.last<size>."""
+        rows = []
+        for name in self.info["check_interval_rows"]:
+            if name == "train":
+                rows.append(interval(made.config, made.train_eps))
+            elif name.startswith("ode"):
+                row = interval(made.config, made.sample_eps)
+                rows.append(tuple(1 - t for t in row) if name == "ode_reverse" else row)
+            else:
+                _, form, size = name.split(".", 2)
+                last = float(size.removeprefix("last"))
+                found = interval(made.config, made.sample_eps, diffusion_form(form), True, last)
+                rows.append(found)
+        return rows
 
 
 class Samplers(Transport):

@@ -17,7 +17,7 @@ from training import router_state
 
 if __name__ == "__main__":
     tensors, config, metadata = load_case(sys.argv[1])
-    model = ModelCase(tensors, config, metadata["source"]).model(training=True)
+    model = ModelCase(tensors, config, metadata).model(training=True)
     with processes("cpu") as group, torch.no_grad():
         mine = torch.arange(len(tensors["in.x"])).chunk(group.world_size)[group.rank]
         output = model(*(tensors[f"in.{name}"][mine] for name in ("x", "t", "y")))

@@ -1,4 +1,4 @@
-"""Stacked experts: initialisation per slice, and the two ways to compute them."""
+"""Stacked experts: initialisation per slice, and the ways to compute them."""
 
 import math
 
@@ -24,20 +24,39 @@ def test_each_expert_starts_as_a_dit_mlp_does():
     assert not torch.equal(experts.w1[0], experts.w1[1])
 
 
-@pytest.mark.parametrize("counts", [[5, 5, 5], [0, 0, 0], [4, 4, 4]])
-def test_equal_counts_batched_or_one_by_one_are_the_same(counts):
-    torch.manual_seed(0)
-    experts = Experts(3, 8, 16).double()
-    nn.init.normal_(experts.b1)
-    nn.init.normal_(experts.b2)
-    x = torch.randn(sum(counts), 8, dtype=torch.float64, requires_grad=True)
-    gradients = []
-    for capacity in (counts[0], None):
-        plan = RoutingPlan(torch.arange(sum(counts)), torch.ones(3), torch.tensor(counts), capacity)
+def outputs_and_gradients(experts, backend, counts, autocast=False):
+    torch.manual_seed(1)
+    experts.backend = backend
+    x = torch.randn(sum(counts), 8, dtype=experts.w1.dtype, requires_grad=True)
+    capacity = counts[0] if len(set(counts)) == 1 else None
+    plan = RoutingPlan(torch.arange(sum(counts)), torch.ones(3), torch.tensor(counts), capacity)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = experts(x, plan)
-        gradients.append((y, *torch.autograd.grad(y.square().sum(), [x, *experts.parameters()])))
-    for batched, looped in zip(*gradients, strict=True):
-        torch.testing.assert_close(batched, looped)
+    gradients = torch.autograd.grad(y.float().square().sum(), [x, *experts.parameters()])
+    return [y, *gradients]
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@pytest.mark.parametrize("counts", [[5, 5, 5], [0, 0, 0], [7, 0, 3], [0, 1, 0]])
+@pytest.mark.parametrize("backend", ["bmm", "grouped_mm", "auto"])
+def test_all_backends_agree(backend, counts, mlp):
+    torch.manual_seed(0)
+    experts = Experts(3, 8, 16, mlp)
+    for bias in (experts.b1, experts.b2):
+        _ = bias is None or nn.init.normal_(bias)
+    pairs = (outputs_and_gradients(experts, b, counts) for b in ("loop", backend))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["bmm", "grouped_mm"])
+def test_all_backends_agree_under_autocast(backend):
+    torch.manual_seed(0)
+    experts = Experts(3, 8, 16)
+    one, other = (outputs_and_gradients(experts, b, [4, 4, 4], True) for b in ("loop", backend))
+    assert one[0].dtype == other[0].dtype == torch.bfloat16
+    for wanted, found in zip(one, other, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.05)
 
 
 def test_experts_without_tokens_still_get_a_zero_gradient():

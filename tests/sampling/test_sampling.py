@@ -1,4 +1,6 @@
-"""Guidance, capacity, seeded samples in blocks, grids."""
+"""Guidance, capacity, seeded samples in blocks, labels, grids."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -7,10 +9,12 @@ import torch
 from config.schema import DiffMoEConfig, ModelConfig, SamplingConfig
 from core.distributed import Processes
 from core.types import ModelOutput, RoutingRecord
+from data.vae import to_uint8
 from models.build import build_model
 from sampling.generate import Sampler, generate_set
 from sampling.grid import image_grid, save_png
 from sampling.guidance import CapacityMeter, Guided
+from sampling.labels import balanced_labels, random_labels
 from transport.objective import Flow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -72,11 +76,12 @@ def test_a_dense_model_has_no_capacity():
     assert meter.capacity() is None
 
 
-class PlainDecoder:
-    """Stands for a VAE: the first three channels are the image."""
+LABEL = random_labels(3, 7)
 
-    def decode(self, latents):
-        return latents[:, :3]
+
+def decode(latents):
+    """Stands for a VAE: the first three channels are the image."""
+    return to_uint8(latents[:, :3])
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +94,11 @@ def sampler():
         torch.nn.init.normal_(parameter, std=0.3)
     model.blocks[1].feed_forward.router.predictor.thresholds.fill_(0.5)
     settings = SamplingConfig(sampler="euler", num_steps=3, cfg_scale=2.0)
-    return Sampler(model, Flow(), settings, (4, 4, 4), 3, 7, torch.device("cpu"))
+    return Sampler(model, Flow(), settings, (4, 4, 4), 7, torch.device("cpu"))
 
 
 def run(sampler, path, processes=ALONE, num_samples=10):
-    return generate_set(sampler, PlainDecoder(), num_samples, 4, path, processes)
+    return generate_set(sampler, LABEL, decode, num_samples, 4, path, processes)
 
 
 def test_a_set_has_its_images_labels_and_capacity(sampler, tmp_path):
@@ -101,13 +106,13 @@ def test_a_set_has_its_images_labels_and_capacity(sampler, tmp_path):
     with np.load(result.path, allow_pickle=False) as archive:
         images, labels = archive["arr_0"], archive["labels"]
     assert (images.shape, images.dtype) == ((10, 4, 4, 3), np.uint8)
-    assert labels.tolist() == [sampler.label(i) for i in range(10)] == result.labels.tolist()
+    assert labels.tolist() == [LABEL(i) for i in range(10)] == result.labels.tolist()
     np.testing.assert_array_equal(result.first.numpy(), images)
-    latents, _ = sampler.latents(range(4), [sampler.label(i) for i in range(4)])
+    latents, _ = sampler.latents(range(4), [LABEL(i) for i in range(4)])
     pixels = (127.5 * latents[:, :3] + 128).clamp(0, 255).to(torch.uint8)
     np.testing.assert_array_equal(images[:4], pixels.permute(0, 2, 3, 1).numpy())
     kept = [
-        sampler.latents(range(j, j + 4), [sampler.label(i) for i in range(j, j + 4)])[1]
+        sampler.latents(range(j, j + 4), [LABEL(i) for i in range(j, j + 4)])[1].capacity()
         for j in (0, 4, 8)
     ]
     assert result.capacity == pytest.approx(torch.cat(kept)[:10].mean().item(), rel=1e-6)
@@ -133,10 +138,32 @@ def test_more_processes_than_blocks_leave_some_idle(sampler, tmp_path):
     assert torch.equal(result.first, whole.first)
 
 
-def test_labels_are_uniform_and_seeded(sampler):
-    labels = [sampler.label(i) for i in range(3000)]
+def test_random_labels_are_uniform_and_seeded():
+    labels = [LABEL(i) for i in range(3000)]
     assert np.bincount(labels).min() > 900
     assert max(labels) == 2
+    assert [random_labels(3, 8)(i) for i in range(50)] != labels[:50]
+
+
+def test_balanced_labels_count_equally_in_shuffled_order():
+    label = balanced_labels(3, 7, 300)
+    labels = [label(i) for i in range(300)]
+    assert np.bincount(labels).tolist() == [100, 100, 100]
+    assert labels != sorted(labels)
+    assert max(np.bincount(labels[:150])) < 75
+    assert [label(i) for i in (300, 301)] == [LABEL(300), LABEL(301)]
+
+
+@pytest.mark.parametrize(("method", "nfe"), [("euler", 6), ("heun", 12), ("rk4", 24)])
+def test_model_evaluations_are_counted(sampler, tmp_path, method, nfe):
+    """Three steps, each with the conditional and the unconditional call."""
+    settings = dataclasses.replace(sampler.settings, sampler=method)
+    result = run(dataclasses.replace(sampler, settings=settings), tmp_path / "a.npz")
+    assert result.nfe == nfe
+    free = dataclasses.replace(settings, cfg_scale=1.0)
+    assert run(dataclasses.replace(sampler, settings=free), tmp_path / "b.npz").nfe == nfe / 2
+    joint = dataclasses.replace(settings, cfg_pooling="joint")
+    assert run(dataclasses.replace(sampler, settings=joint), tmp_path / "c.npz").nfe == nfe
 
 
 def test_grid(tmp_path):

@@ -1,0 +1,120 @@
+"""The flags of sample_ddp.py, and the protocol that they, a named one and a checkpoint make."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from config.protocol import Protocol, known_protocols, load_protocol
+from config.schema import SAMPLERS, SamplingConfig
+from config.validate import validate
+from core.errors import UserError
+from models.pretrained import Pretrained
+
+RENAMED = {"num_sampling_steps": "num_steps"}
+"""Published flags of sampling settings that have another name in a config."""
+
+
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of sample_ddp.py; those left out come from the protocol or the checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="sample_ddp.py",
+        description="Flags override the --protocol, which overrides the checkpoint's config.",
+    )
+    add = parser.add_argument
+    add("--ckpt", type=Path, required=True, help="checkpoint folder, or a run: its newest")
+    add("--protocol", help=f"settings of a published evaluation: {', '.join(known_protocols())}")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or live")
+    add("--image-size", type=int, help="checked against the checkpoint where given")
+    add("--num-classes", type=int, help="checked against the checkpoint where given")
+    add("--num-fid-samples", type=_positive, help="images to make; default 50000")
+    add(
+        "--per-proc-batch-size",
+        type=_positive,
+        help="images in a block, default 32; for DiffMoE, whose routing depends on it, a part of "
+        "the result",
+    )
+    add("--labels", choices=["random", "balanced"], help="classes of the samples; default random")
+    add("--pixels", choices=["adm", "dit", "jit"], help="rule of rounding to uint8; default dit")
+    add("--global-seed", type=int, default=0, help="of noise and labels; default 0")
+    add("--vae", help="mse, ema, a hub id or a local folder; default: the checkpoint's")
+    add("--sample-dir", type=Path, default=Path("samples"), help="for the files; default samples")
+    add("--tf32", action="store_true", help="TF32 matrix products on GPUs: faster, less exact")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if any")
+    _add_sampling(parser.add_argument_group("sampling (default: the checkpoint's config)"))
+    return parser.parse_args(argv)
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--sampler", "--sampling-method", type=str.lower, help=_known_samplers())
+    add("--num-sampling-steps", type=_positive, help="adaptive solvers choose their own")
+    add("--cfg-scale", type=float, help="guidance scale, 1 for none")
+    add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at these times")
+    add("--cfg-channels", choices=["all", "first3"], help="guided channels of the latent")
+    add("--cfg-pooling", choices=["separate", "joint"], help="both halves in one batch, or not")
+    add("--atol", type=float, help="absolute tolerance of adaptive solvers")
+    add("--rtol", type=float, help="relative tolerance of adaptive solvers")
+    add(
+        "--overshoot",
+        action=argparse.BooleanOptionalAction,
+        help="adaptive solvers step past the end, as published",
+    )
+    add("--diffusion-form", type=str.lower, choices=_choices("diffusion_form"), help="of the SDE")
+    add("--diffusion-norm", type=float, help="factor of the SDE's diffusion")
+    add("--last-step", type=str.lower, choices=_choices("last_step"), help="of the SDE")
+    add("--last-step-size", type=float, help="of the SDE, in time")
+
+
+def resolve(flags: argparse.Namespace, pretrained: Pretrained) -> Protocol:
+    """Everything that decides the images of a checkpoint, checked.
+
+    Raises:
+        UserError: when checkpoint, protocol and flags do not fit each other.
+    """
+    config = pretrained.config
+    for flag, value, own in (
+        ("--image-size", flags.image_size, config.data.image_size),
+        ("--num-classes", flags.num_classes, config.model.num_classes),
+    ):
+        if value is not None and value != own:
+            raise UserError(f"{flag}: {value} is not allowed; {pretrained.path} has {own}")
+    name = config.objective.name
+    protocol = Protocol(objective_name=name, sampling=config.sampling)
+    if flags.protocol is not None:
+        protocol = load_protocol(flags.protocol)
+        if protocol.objective_name != name:
+            raise UserError(
+                f"--protocol: {flags.protocol} is for objective {protocol.objective_name}, "
+                f"{pretrained.path} was trained with {name}"
+            )
+    given = _given(flags, SamplingConfig)
+    changes = _given(flags, Protocol) | {
+        "sampling": dataclasses.replace(protocol.sampling, **given)
+    }
+    protocol = dataclasses.replace(protocol, **changes)
+    validate(dataclasses.replace(config, sampling=protocol.sampling))
+    return dataclasses.replace(protocol, vae=protocol.vae or config.data.vae_path)
+
+
+def _given(flags: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Fields of the dataclass `kind` that have a flag, and the flag a value."""
+    values = {RENAMED.get(name, name): value for name, value in vars(flags).items()}
+    names = {field.name for field in dataclasses.fields(kind)}
+    given = {name: values[name] for name in names & values.keys() if values[name] is not None}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def _choices(field: str) -> tuple[str, ...]:
+    return get_args(get_type_hints(SamplingConfig)[field])
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small; at least 1 is allowed")
+    return value
+
+
+def _known_samplers() -> str:
+    return "; ".join(f"{name}: {', '.join(known)}" for name, known in SAMPLERS.items())

@@ -1,0 +1,35 @@
+"""Which class each sample of a set gets."""
+
+from collections.abc import Callable
+
+import torch
+
+from core.rng import generator
+
+Labels = Callable[[int], int]
+"""Index of a sample -> its class."""
+
+
+def random_labels(num_classes: int, seed: int, num_samples: int | None = None) -> Labels:
+    """Uniform, a function of (seed, index) alone."""
+
+    def label(index: int) -> int:
+        draw = generator(seed, "sample label", index)
+        return int(torch.randint(num_classes, (), generator=draw))
+
+    return label
+
+
+def balanced_labels(num_classes: int, seed: int, num_samples: int) -> Labels:
+    """Every class equally often, give or take one, in an order shuffled by the seed.
+
+    Shuffled, since scores by parts of a set, as the inception score is, suffer from sorted ones.
+    Indices beyond the set, which fill its last block, get uniform classes.
+    """
+    order = torch.randperm(num_samples, generator=generator(seed, "label order")) % num_classes
+    beyond = random_labels(num_classes, seed)
+    return lambda index: int(order[index]) if index < num_samples else beyond(index)
+
+
+LABELS = {"random": random_labels, "balanced": balanced_labels}
+"""Label schemes by name: (num_classes, seed, num_samples) -> Labels."""

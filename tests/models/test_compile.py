@@ -1,0 +1,85 @@
+"""Every feed-forward variant is one graph for torch.compile: no breaks, equal results."""
+
+import pytest
+import torch
+from torch import _dynamo as dynamo
+
+from config.schema import (
+    DenseConfig,
+    DiffMoEConfig,
+    ExpertChoiceConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
+from models.build import build_model
+
+SHARED = {"shared_mlp": "swiglu", "shared_intermediate_size": 16}
+
+VARIANTS = {
+    "dense": DenseConfig(),
+    "token_choice": TokenChoiceConfig(num_experts=4),
+    "token_choice_k2": TokenChoiceConfig(num_experts=4, top_k=2, **SHARED),
+    "expert_choice": ExpertChoiceConfig(num_experts=4, **SHARED),
+    "diffmoe": DiffMoEConfig(num_experts=4),
+    "diffmoe_all_experts": DiffMoEConfig(num_experts=4, capacity=4.0),
+}
+
+SHAPE = {"input_size": 4, "patch_size": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
+
+
+def model(variant, mlp):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        **SHAPE, num_classes=3, learn_sigma=False, mlp=mlp, feed_forward=VARIANTS[variant]
+    )
+    made = build_model(config)
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs():
+    dynamo.reset()
+    yield
+    dynamo.reset()
+
+
+def precision(variant):
+    """Before torch 2.12 a grouped product in float32 has no shape function; in bfloat16 it has."""
+    old = torch.__version__ < "2.12"
+    return torch.bfloat16 if old and variant.startswith("token_choice") else torch.float32
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_training_block_has_no_graph_break(variant, mlp):
+    block = model(variant, mlp).blocks[1].train()
+    x, c = torch.randn(3, 16, 16), torch.randn(3, 16)
+    dtype = precision(variant)
+    with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        found = dynamo.explain(block)(x, c)
+    assert found.graph_break_count == 0, found.break_reasons
+    assert found.graph_count == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_training_has_the_same_gradients(variant):
+    made = model(variant, "gelu").train()
+    x, t, y = torch.randn(3, 4, 4, 4), torch.rand(3), torch.tensor([0, 1, 3])
+    dtype = precision(variant)
+    found = []
+    for call in (made, torch.compile(made, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            output = call(x, t, y)
+        auxiliary = sum(sum(record.losses.values()) for record in output.routing)
+        loss = output.prediction.float().square().mean() + auxiliary
+        made.zero_grad()
+        loss.backward()
+        found.append({n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(
+            found[1][name], gradient, msg=lambda m, n=name: f"{n}: {m}", **close
+        )
