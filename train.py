@@ -16,7 +16,7 @@ from training.trainer import train
 def main() -> None:
     """Parse the command line and train."""
     config = parse_config(sys.argv[1:], "train.py", world_size())
-    with processes(config.device) as all_processes:
+    with processes(config.device, timeout=config.train.timeout) as all_processes:
         train(config, all_processes)
 
 

@@ -55,7 +55,7 @@ def load_config(path: Path) -> Config:
     raw = _expand_size(read_file(path), None)
     parser = _parser_with_defaults("config", raw, str(path))
     config = _finish(parser.get_defaults().as_dict(), default_run=_run_name(str(path)))
-    validate(config)
+    validate(config, world_size=None)
     return config
 
 

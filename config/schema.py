@@ -188,6 +188,7 @@ class DataConfig:
 
     Attributes:
         cached_path: folder that main_cache.py wrote.
+        val_cached_path: the same for held-out images, for validation losses.
         vae_path: VAE that decodes samples, a hub id or a local folder.
         image_size: side of the images, in pixels; the cache must have been made with it.
         horizontal_flip: take the mirror image's latent half of the time.
@@ -195,6 +196,7 @@ class DataConfig:
     """
 
     cached_path: str = "cache/imagenet256"
+    val_cached_path: str | None = None
     vae_path: str = "stabilityai/sd-vae-ft-mse"
     image_size: int = 256
     horizontal_flip: bool = True
@@ -213,6 +215,9 @@ class OptimConfig:
         weight_decay: decoupled weight decay.
         ema_decay: decay of the averaged weights, per step.
         ema_warmup: start with a shorter average: decay min(ema_decay, (1 + step) / (10 + step)).
+        extra_ema_decays: further averages beside the one that is sampled from, kept as
+            `ema_<decay>`.
+        grad_clip: largest L2 norm of the gradient; by default it is not clipped.
     """
 
     lr: float = 1e-4
@@ -222,6 +227,8 @@ class OptimConfig:
     weight_decay: float = 0.0
     ema_decay: float = 0.9999
     ema_warmup: bool = False
+    extra_ema_decays: tuple[float, ...] = ()
+    grad_clip: float | None = None
 
 
 @dataclass
@@ -236,8 +243,20 @@ class TrainConfig:
             steps, never another pool.
         log_every: steps between log entries.
         ckpt_every: steps between checkpoints; one is always written at the end.
+        keep_last: newest checkpoints that are kept; 0 keeps all.
+        keep_every: checkpoints of steps that this number divides are kept besides; 0 for none.
         sample_every: steps between sample grids from the averaged weights; 0 turns them off.
         num_grid_samples: images in a grid.
+        val_every: steps between validation losses on data.val_cached_path; 0 turns them off.
+        num_val_samples: images of a validation loss.
+        precision: `bf16` computes under autocast; weights, averages and routers stay float32.
+        tf32: TF32 matrix products on GPUs: faster, less exact.
+        compile: compile the blocks by torch.compile.
+        activation_checkpointing: keep the inputs of blocks only, and compute the rest again in
+            the backward pass: less memory, about a third more time.
+        max_nonfinite_steps: steps with a non-finite loss or gradient are skipped; after so many
+            in a row training stops.
+        timeout: seconds to wait for data or for another process before training stops.
     """
 
     max_steps: int = 700_000
@@ -245,8 +264,33 @@ class TrainConfig:
     micro_batch_size: int = 64
     log_every: int = 100
     ckpt_every: int = 50_000
+    keep_last: int = 0
+    keep_every: int = 0
     sample_every: int = 10_000
     num_grid_samples: int = 16
+    val_every: int = 0
+    num_val_samples: int = 256
+    precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = False
+    compile: bool = False
+    activation_checkpointing: bool = False
+    max_nonfinite_steps: int = 10
+    timeout: int = 600
+
+
+@dataclass
+class ParallelConfig:
+    """How several processes share the work.
+
+    Attributes:
+        strategy: `ddp` keeps the whole model on every process; `fsdp` shards weights, averages
+            and optimizer state over them.
+        shard_size: processes that hold one copy of a sharded model between them, such as the
+            GPUs of a node (hybrid sharding); by default all.
+    """
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    shard_size: int | None = None
 
 
 @dataclass
@@ -301,7 +345,8 @@ class Config:
         device: `auto` takes the GPUs where there are any.
         run_dir: folder for checkpoints, logs and samples; by default runs/<name of the config>.
         resume: `auto` continues from the newest checkpoint of run_dir where there is one;
-            `never` refuses to start in a run_dir that has checkpoints.
+            `never` refuses to start in a run_dir that has checkpoints, unless torchrun restarted
+            the processes after a failure.
         init_from: checkpoint whose averaged weights a new run starts from.
         init_fresh: what keeps its fresh weights then: nothing, the `labels` (another set of
             classes), the `head` (another output), or `both`.
@@ -318,6 +363,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 

@@ -14,12 +14,12 @@ from config.schema import (
 from core.errors import ConfigError
 
 
-def validate(config: Config, world_size: int = 1) -> None:
+def validate(config: Config, world_size: int | None = 1) -> None:
     """Check a config across its sections.
 
     Args:
         config: with every default filled in.
-        world_size: processes that will train.
+        world_size: processes that will train; None if nothing will be trained.
 
     Raises:
         ConfigError: naming key, value and what is allowed.
@@ -28,7 +28,8 @@ def validate(config: Config, world_size: int = 1) -> None:
     _check_model(config.model)
     _check_experts(config)
     _check_shared(config.model)
-    _check_batch(config, world_size)
+    _check_batch(config, world_size or 1)
+    _check_parallel(config, world_size)
     _check_sampling(config)
 
 
@@ -65,6 +66,12 @@ def _check_ranges(config: Config) -> None:
         "train.ckpt_every": (train.ckpt_every, 1),
         "train.sample_every": (train.sample_every, 0),
         "train.num_grid_samples": (train.num_grid_samples, 1),
+        "train.keep_last": (train.keep_last, 0),
+        "train.keep_every": (train.keep_every, 0),
+        "train.val_every": (train.val_every, 0),
+        "train.num_val_samples": (train.num_val_samples, 1),
+        "train.timeout": (train.timeout, 1),
+        "train.max_nonfinite_steps": (train.max_nonfinite_steps, 1),
         "sampling.num_steps": (config.sampling.num_steps, 1),
         "sampling.cfg_scale": (config.sampling.cfg_scale, 0),
     }
@@ -74,9 +81,15 @@ def _check_ranges(config: Config) -> None:
         "model.label_dropout": model.label_dropout,
         "optim.ema_decay": optim.ema_decay,
         "optim.betas": max(optim.betas),
-    }
+    } | {f"optim.extra_ema_decays {decay}": decay for decay in optim.extra_ema_decays}
     for key, value in fractions.items():
         _require(0 <= value < 1, f"{key}: {value} is not in [0, 1)")
+    clip = optim.grad_clip
+    _require(clip is None or clip > 0, f"optim.grad_clip: {clip} must be above 0")
+    _require(
+        not train.val_every or data.val_cached_path is not None,
+        f"train.val_every: {train.val_every} needs data.val_cached_path, held-out latents",
+    )
     _require(model.mlp_ratio > 0, f"model.mlp_ratio: {model.mlp_ratio} must be above 0")
 
 
@@ -181,6 +194,20 @@ def _check_batch(config: Config, world_size: int) -> None:
         f"train.global_batch_size: {total} is not a multiple of train.micro_batch_size {micro} x "
         f"{world_size} process(es); allowed here: multiples of {micro * world_size}, or a smaller "
         "train.micro_batch_size (which changes the token pool)",
+    )
+
+
+def _check_parallel(config: Config, world_size: int | None) -> None:
+    size = config.parallel.shard_size
+    if size is None:
+        return
+    _require(
+        config.parallel.strategy == "fsdp",
+        f"parallel.shard_size: {size} means nothing for ddp; allowed: parallel.strategy fsdp",
+    )
+    _require(
+        size >= 1 and (world_size is None or world_size % size == 0),
+        f"parallel.shard_size: {size} does not divide {world_size} process(es)",
     )
 
 

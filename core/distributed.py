@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,21 @@ class Processes:
         if self.world_size > 1:
             dist.barrier()
 
+    def from_main(self, value: Any) -> Any:
+        """What the main process calls `value`, on every process."""
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every process, by rank."""
+        found = [value]
+        if self.world_size > 1:
+            found = [None] * self.world_size
+            dist.all_gather_object(found, value)
+        return found
+
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
         """Mean of `tensor` over the processes, in place; every process gets it."""
         if self.world_size > 1:
@@ -53,13 +70,20 @@ class Processes:
             self.barrier()
 
 
+def restarted() -> bool:
+    """Whether torchrun started these processes anew after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def world_size() -> int:
     """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
-def processes(device: str = "auto", cpu_threads: int | None = None) -> Iterator[Processes]:
+def processes(
+    device: str = "auto", cpu_threads: int | None = None, timeout: float = 600.0
+) -> Iterator[Processes]:
     """Join torchrun's process group, or be a single process; leave the group at the end.
 
     Args:
@@ -67,6 +91,7 @@ def processes(device: str = "auto", cpu_threads: int | None = None) -> Iterator[
         cpu_threads: threads of this process when it computes on the CPU; None leaves torch's
             choice. Products differ in their last bits between numbers of threads, so whatever
             must not depend on the number of processes sets this.
+        timeout: seconds to wait for another process before giving up.
 
     Raises:
         UserError: for `cuda` on a machine without.
@@ -86,7 +111,9 @@ def processes(device: str = "auto", cpu_threads: int | None = None) -> Iterator[
     if world > 1:
         cuda = place.type == "cuda"
         dist.init_process_group(
-            backend="nccl" if cuda else "gloo", device_id=place if cuda else None
+            backend="nccl" if cuda else "gloo",
+            device_id=place if cuda else None,
+            timeout=timedelta(seconds=timeout),
         )
     try:
         yield Processes(rank, world, place)

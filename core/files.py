@@ -1,4 +1,4 @@
-"""Files and folders that appear under their name only when they are complete."""
+"""Files and folders that appear under their name only when they are complete and on the disk."""
 
 import os
 import shutil
@@ -15,7 +15,9 @@ def complete_file(path: Path) -> Iterator[Path]:
     temporary = _temporary(path)
     try:
         yield temporary
+        _to_disk(temporary)
         os.replace(temporary, path)
+        _to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -33,7 +35,10 @@ def complete_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir()
         yield temporary
+        for inside in (*temporary.rglob("*"), temporary):
+            _to_disk(inside)
         os.replace(temporary, path)
+        _to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -50,3 +55,12 @@ def _temporary(path: Path) -> Path:
     else:
         temporary.unlink(missing_ok=True)
     return temporary
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file or a folder's list of names would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -103,11 +103,13 @@ class LossTerms:
         per_sample: (B,) the loss to be averaged and minimised, without auxiliary losses.
         named: (B,) each part of it, for the log.
         routing: the model's records, handed on unread.
+        noise_level: (B,) where on the path the samples were: 0 is data, 1 is noise.
     """
 
     per_sample: Tensor
     named: dict[str, Tensor]
     routing: list[RoutingRecord]
+    noise_level: Tensor
 
 
 Draw = Callable[[], Tensor]
@@ -123,6 +125,14 @@ class Objective(Protocol):
         self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
     ) -> LossTerms:
         """Loss on data `x` (B, C, H, W); times and noise are drawn from `generator`."""
+
+    def time_of(self, u: Tensor) -> Tensor:
+        """Training times (B,) from `u` (B,) uniform in [0, 1)."""
+
+    def losses_at(
+        self, model: Model, x: Tensor, cond: Tensor, t: Tensor, noise: Tensor
+    ) -> LossTerms:
+        """Loss at times `t` (B,) with given `noise` (B, C, H, W)."""
 
     def sample(
         self, model: Model, noise: Tensor, cond: Tensor, settings: "SamplingConfig", draw: Draw

@@ -29,6 +29,7 @@ def training_loader(
         collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0,
+        timeout=config.train.timeout if workers > 0 else 0,
         pin_memory=processes.device.type == "cuda",
     )
 

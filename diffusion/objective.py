@@ -66,6 +66,10 @@ class DDPM:
         noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         return self.losses_at(model, x, cond, t, noise)
 
+    def time_of(self, u: Tensor) -> Tensor:
+        """Steps of the chain at the shares `u` (B,) in [0, 1) of it."""
+        return (u * self.diffusion.num_timesteps).long()
+
     def losses_at(
         self, model: Model, x: Tensor, cond: Tensor, t: Tensor, noise: Tensor
     ) -> LossTerms:
@@ -78,7 +82,8 @@ class DDPM:
         terms = self.diffusion.loss_terms(output.prediction, x, x_t, t, noise, self.loss)
         per_sample = torch.stack(list(terms.values())).sum(dim=0)
         named = {name: term.detach() for name, term in terms.items()}
-        return LossTerms(per_sample=per_sample, named=named, routing=output.routing)
+        level = t / self.diffusion.num_timesteps
+        return LossTerms(per_sample, named, output.routing, level)
 
     def sample(
         self, model: Model, noise: Tensor, cond: Tensor, settings: "SamplingConfig", draw: Draw

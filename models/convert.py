@@ -1,8 +1,10 @@
 """python -m models.convert --official FILE.pt --config config/X.yaml --out DIR
 python -m models.convert --to-official CHECKPOINT --out FILE.pt
+python -m models.convert --gather CHECKPOINT --out DIR
 
 Turn a published checkpoint into a checkpoint folder that sample_ddp.py and
-`train.py --init_from` read, or one of ours into a file with the official names.
+`train.py --init-from` read, one of ours into a file with the official names, or the shards of an
+FSDP run into single files.
 """
 
 import argparse
@@ -10,10 +12,12 @@ import json
 import logging
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from config.load import dump_config, load_config
@@ -22,7 +26,16 @@ from core.files import complete_file, complete_folder
 from core.logging import get_logger
 from models.build import build_model
 from models.official import load_official, to_official
-from models.pretrained import CONFIG_FILE, STATE_FILE, load_pretrained, save_weights
+from models.pretrained import (
+    CONFIG_FILE,
+    STATE_FILE,
+    find_checkpoint,
+    load_pretrained,
+    read_tensors,
+    save_weights,
+    weights_path,
+)
+from models.sealed import check_seal, seal
 
 log: logging.Logger = get_logger("models.convert")
 
@@ -69,6 +82,22 @@ def import_official(path: Path, config_path: Path, out: Path) -> None:
             log.info("%s.safetensors: from %r of %s", name, source, path)
         (folder / CONFIG_FILE).write_text(dump_config(config))
         (folder / STATE_FILE).write_text(json.dumps({"step": 0, "latents": None}))
+        seal(folder)
+
+
+def gather_shards(checkpoint: Path, out: Path) -> None:
+    """Write the weights of a sharded checkpoint as single files: a checkpoint to sample from."""
+    source = find_checkpoint(checkpoint)
+    check_seal(source)
+    with complete_folder(out) as folder:
+        for name in sorted(
+            {p.stem for p in source.iterdir() if p.stem.startswith(("model", "ema"))}
+        ):
+            save_file(read_tensors(weights_path(source, name)), folder / f"{name}.safetensors")
+        for name in (CONFIG_FILE, STATE_FILE):
+            shutil.copy(source / name, folder / name)
+        seal(folder)
+    log.info("%s: weights of %s", out, source)
 
 
 def export_official(checkpoint: Path, out: Path) -> None:
@@ -100,11 +129,14 @@ def main() -> None:
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--official", type=Path, help="published .pt file")
     direction.add_argument("--to-official", type=Path, help="checkpoint or run folder of ours")
+    direction.add_argument("--gather", type=Path, help="sharded checkpoint, to be single files")
     parser.add_argument("--config", type=Path, help="config of the published model")
     parser.add_argument("--out", type=Path, required=True, help="folder, or .pt file")
     flags = parser.parse_args()
     if flags.to_official is not None:
         export_official(flags.to_official, flags.out)
+    elif flags.gather is not None:
+        gather_shards(flags.gather, flags.out)
     elif flags.config is None:
         raise UserError("--config: needed with --official, a YAML file that describes the model")
     else:

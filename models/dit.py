@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from config.schema import ModelConfig
-from core.types import ModelOutput
+from core.types import ModelOutput, RoutingRecord
 from models.attention import Attention
 from models.blocks import DiTBlock, FinalLayer
 from models.embeddings import LabelEmbedder, TimestepEmbedder
@@ -39,6 +40,7 @@ class DiT(nn.Module):
             for i in range(config.depth)
         )
         self.final = FinalLayer(D, p**2 * self.out_channels)
+        self.gradient_checkpointing = False
         self.reset_parameters()
 
     @torch.no_grad()
@@ -71,10 +73,19 @@ class DiT(nn.Module):
         c = self.time_embed(t) + self.label_embed(cond)  # (B, D)
         records = []
         for block in self.blocks:
-            h, record = block(h, c)
+            h, record = self._run(block, h, c)
             if record is not None:
                 records.append(record)
         return ModelOutput(self._unpatchify(self.final(h, c), x.shape[-2:]), records)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """In training keep the inputs of blocks only, and compute the rest again for gradients."""
+        self.gradient_checkpointing = True
+
+    def _run(self, block: nn.Module, h: Tensor, c: Tensor) -> tuple[Tensor, RoutingRecord | None]:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(block, h, c, use_reentrant=False)
+        return block(h, c)
 
     def null_condition(self, cond: Tensor) -> Tensor:
         """The condition "no class" in place of `cond` (B,), for guidance."""

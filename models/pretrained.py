@@ -1,27 +1,31 @@
 """Weights in safetensors files, and whole models from a checkpoint folder.
 
-A checkpoint folder holds `config.yaml` (resolved), `model.safetensors`, `ema.safetensors` and
-`state.json` (step, facts of the latents); what the trainer needs besides lies there too.
+A checkpoint folder holds `config.yaml` (resolved), `model.safetensors`, `ema.safetensors` (or
+folders `model`, `ema` of shards), `state.json` (step, facts of the latents) and `manifest.json`
+(sizes and hashes); what the trainer needs besides lies there too.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
 from config.load import load_config
 from config.schema import Config
-from core.errors import UserError
+from core.errors import UserError, unknown_name
 from models.build import build_model
 from models.dit import DiT
+from models.sealed import check_seal, checkpoints
 
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "state.json"
-STEP_FOLDER = "step_*"
 LATENT_FACTS = {"vae_path", "scaling_factor", "shift_factor", "latent_channels", "class_names"}
 """What a checkpoint says of the latents that it was trained on."""
 
@@ -36,20 +40,24 @@ class Pretrained:
     path: Path
 
 
-def load_pretrained(path: Path, weights: Literal["ema", "model"] = "ema") -> Pretrained:
+def load_pretrained(path: Path, weights: str = "ema") -> Pretrained:
     """The model of a checkpoint, in evaluation mode on the CPU.
 
     Args:
         path: a checkpoint folder, or a run folder, whose newest checkpoint is taken.
-        weights: the averaged weights or the live ones.
+        weights: the averaged weights `ema`, another average `ema_<decay>`, or the live `model`.
 
     Raises:
         UserError: when there is no checkpoint, a file is damaged, or weights and config differ.
     """
     folder = find_checkpoint(path)
+    check_seal(folder)
     config = load_config(folder / CONFIG_FILE)
     model = build_model(config.model)
-    load_weights(model, folder / f"{weights}.safetensors")
+    if not weights_path(folder, weights).exists():
+        known = sorted({p.stem for p in folder.iterdir() if p.stem.startswith(("ema", "model"))})
+        raise unknown_name(f"{folder}: weights", weights, known)
+    load_weights(model, weights_path(folder, weights))
     return Pretrained(model.eval(), config, read_state(folder), folder)
 
 
@@ -57,19 +65,13 @@ def find_checkpoint(path: Path) -> Path:
     """`path` if it is a checkpoint folder, else the newest checkpoint of the run at `path`."""
     if (path / STATE_FILE).is_file():
         return path
-    newest = newest_checkpoint(path)
-    if newest is None:
+    found = [folder for folder in checkpoints(path) if (folder / STATE_FILE).is_file()]
+    if not found:
         raise UserError(
-            f"{path}: no checkpoint here; wanted: a folder <run>/checkpoints/{STEP_FOLDER} with "
+            f"{path}: no checkpoint here; wanted: a folder <run>/checkpoints/step_<number> with "
             f"{STATE_FILE}, or a run folder that has one"
         )
-    return newest
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The finished checkpoint of a run with the most steps, None if there is none."""
-    found = sorted((run_dir / "checkpoints").glob(STEP_FOLDER))
-    return next((f for f in reversed(found) if (f / STATE_FILE).is_file()), None)
+    return found[0]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -91,16 +93,33 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def weights_path(folder: Path, name: str) -> Path:
+    """Where the tensors `name` of a checkpoint lie: one file, or a folder of shards."""
+    return folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, by name.
+    """All tensors of a safetensors file, or of a folder of shards, whole and by name.
 
     Raises:
         UserError: naming the file, when it is missing, truncated or not of that format.
     """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return _read_shards(path) if path.is_dir() else load_file(path)
+    except (OSError, SafetensorError, CheckpointException) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    """What several processes wrote by torch.distributed.checkpoint, put together."""
+    reader = HuggingFaceStorageReader(str(path))
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+    }
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    return tensors
 
 
 def save_weights(module: nn.Module, path: Path) -> None:
@@ -121,6 +140,16 @@ def load_weights(module: nn.Module, path: Path, fresh: tuple[str, ...] = ()) -> 
     """
     found = {n: t for n, t in read_tensors(path).items() if not n.startswith(fresh)}
     wanted = {n: t for n, t in module.state_dict().items() if not n.startswith(fresh)}
+    check_tensors(found, wanted, path)
+    module.load_state_dict(found, strict=not fresh)
+
+
+def check_tensors(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    """Compare names and shapes of tensors read from `path` with those of a model.
+
+    Raises:
+        UserError: naming the first differences.
+    """
     differences = [f"{n} is missing in the file" for n in wanted if n not in found]
     differences += [f"{n} is not in the model" for n in found if n not in wanted]
     differences += [
@@ -131,4 +160,3 @@ def load_weights(module: nn.Module, path: Path, fresh: tuple[str, ...] = ()) -> 
     if differences:
         more = f" (and {len(differences) - 2} more)" if len(differences) > 2 else ""
         raise UserError(f"{path}: another architecture: {'; '.join(differences[:2])}{more}")
-    module.load_state_dict(found, strict=not fresh)

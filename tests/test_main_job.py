@@ -81,7 +81,10 @@ def test_every_layer_trains_and_samples_with_every_objective(
     expected = {"flow": {"mse"}, "ddpm": {"mse", "vb"}}[objective]
     expected |= {"token_choice": {"balance"}, "diffmoe": {"capacity"}}.get(layer, set())
     assert {f"loss/{name}" for name in expected} <= entries[0].keys()
-    assert all(np.isfinite(value) for entry in entries for value in entry.values())
+    for entry in entries:
+        by_noise = entry.pop("capacity_by_noise", None)
+        assert (by_noise is None) == (layer == "dense")
+        assert all(np.isfinite(value) for value in entry.values())
     record = run_sampling(run_dir, tmp_path / "samples")
     assert (record["objective"], record["feed_forward"]) == (objective, layer)
     if layer == "dense":
@@ -94,9 +97,11 @@ def test_every_layer_trains_and_samples_with_every_objective(
 
 def test_a_run_leaves_config_logs_pictures_and_checkpoints(trained):
     assert [p.name for p in sorted((trained / "checkpoints").iterdir())] == [
+        "latest",
         "step_0000002",
         "step_0000004",
     ]
+    assert (trained / "checkpoints" / "latest").resolve().name == "step_0000004"
     assert list((trained / "tensorboard").glob("events*"))
     assert [p.name for p in sorted((trained / "samples").iterdir())] == [
         "step_0000002.png",

@@ -3,7 +3,12 @@
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from training.parallel import local
+
+GROUP = 64
+"""Tensors averaged by one kernel: more would need more memory for the differences."""
 
 
 class EMA:
@@ -24,10 +29,21 @@ class EMA:
         self.warmup = warmup
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards `model` after optimizer step number `step` (from 0)."""
+    def update(self, model: nn.Module, step: int, finite: Tensor | None = None) -> None:
+        """Move towards `model` after optimizer step number `step` (from 0).
+
+        Args:
+            model: with the parameters after the step.
+            step: number of the step.
+            finite: scalar on the device, 0 for a step that was skipped; None for 1.
+        """
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        averages, live = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(averages, live, 1 - decay)
+        averages, live = (local(m.parameters()) for m in (self.model, model))
+        taken = averages[0].new_ones(()) if finite is None else finite
+        for first in range(0, len(live), GROUP):
+            group = slice(first, first + GROUP)
+            ways = torch._foreach_sub(live[group], averages[group])
+            torch._foreach_mul_(ways, taken * (1 - decay))
+            torch._foreach_add_(averages[group], ways)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

@@ -1,6 +1,7 @@
 """The optimizer, its learning rate, and its state by parameter name."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +10,13 @@ from config.schema import Config, OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters (Appendix B.1)."""
+    """AdamW over all parameters (Appendix B.1); fused, which can skip a step on the device."""
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
-        fused=next(model.parameters()).is_cuda,
+        fused=True,
     )
 
 
@@ -32,20 +33,28 @@ def learning_rate(config: Config, step: int) -> float:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments and step counts as `<parameter>/<entry>`."""
     return {
-        f"{name}/{entry}": value.detach().contiguous()
+        f"{name}/{entry}": value.detach()
         for name, parameter in model.named_parameters()
         for entry, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    fill: Callable[[dict[str, Tensor]], None],
 ) -> None:
-    """Put back what `optimizer_tensors` gave; hyperparameters stay those of the config."""
-    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        name, entry = key.rsplit("/", 1)
-        state.setdefault(index[name], {})[entry] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    """Put back what `optimizer_tensors` gave; hyperparameters stay those of the config.
+
+    Args:
+        model: whose parameters the optimizer has, sharded or not.
+        optimizer: an AdamW, fresh or not.
+        fill: writes into tensors named as `optimizer_tensors` names them.
+    """
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    fill(optimizer_tensors(model, optimizer))

@@ -1,16 +1,26 @@
 """One optimizer step over the micro-batches of this process."""
 
+import math
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from config.schema import Config
+from config.validate import accumulation_steps
 from core.distributed import Processes
 from core.rng import generator
 from core.types import Objective, RoutingRecord
 from models.dit import DiT
+from training import router_state
+from training.clock import Clock
+from training.parallel import last_micro_batch
+
+Batch = tuple[Tensor, Tensor]
+"""Latents (B, C, H, W) and labels (B,)."""
 
 
 @dataclass
@@ -20,56 +30,110 @@ class StepResult:
     Attributes:
         losses: scalars by name, means over the micro-batches of this process.
         records: for each micro-batch, the routing records of its layers, without gradients.
+        noise_levels: for each micro-batch (B,), 0 at the data and 1 at pure noise.
+        grad_norm: L2 norm of the gradient of all parameters, before clipping.
+        finite: scalar, 1 if the step was taken, 0 if loss or gradient were not finite.
+        data_seconds: time that the host waited for data.
     """
 
     losses: dict[str, Tensor]
     records: list[list[RoutingRecord]]
+    noise_levels: list[Tensor]
+    grad_norm: Tensor
+    finite: Tensor
+    data_seconds: float
 
 
-def train_step(
-    model: nn.Module,
-    bare: DiT,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    accumulation: int,
-    step: int,
-    seed: int,
-    processes: Processes,
-) -> StepResult:
-    """Accumulate gradients over `accumulation` micro-batches and step the optimizer.
+class TrainStep:
+    """Accumulates gradients over micro-batches and steps optimizer and routers.
+
+    A step whose loss or gradient is not finite on any process is skipped on every process without
+    a look at the device: weights, moments and thresholds stay what they were.
 
     Args:
-        model: what is called, possibly wrapped by DDP.
+        model: what is called, possibly wrapped or compiled.
         bare: the same model without wrapper.
         objective: the loss.
-        optimizer: over the parameters of `bare`.
-        batches: (latents (B, C, H, W), labels (B,)).
-        accumulation: micro-batches of this process.
-        step: number of this step, from 0; with `seed` it decides noise, times and label dropout.
-        seed: of the run.
+        optimizer: over the parameters of `bare`; a fused one.
+        config: of the run.
         processes: this one among all.
+
+    Attributes:
+        clock: marks `forward_backward`; `optimizer` is for the caller to mark.
     """
-    optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    records = []
-    for slot in range(accumulation):
-        x, cond = (t.to(processes.device, non_blocking=True) for t in next(batches))
-        number = slot * processes.world_size + processes.rank
-        draw = generator(seed, "train", step, number, device=processes.device)
-        cond = bare.drop_condition(cond, draw)
-        last = slot == accumulation - 1
-        with nullcontext() if last or model is bare else model.no_sync():
-            terms = objective.training_losses(model, x, cond, draw)
-            auxiliary = auxiliary_losses(terms.routing)
-            loss = terms.per_sample.mean() + sum(auxiliary.values())
-            (loss / accumulation).backward()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bare: DiT,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        processes: Processes,
+    ):
+        self.model, self.bare, self.objective = model, bare, objective
+        self.optimizer, self.processes = optimizer, processes
+        self.seed = config.seed
+        self.clock = Clock(processes.device)
+        self.accumulation = accumulation_steps(config, processes.world_size)
+        self.max_norm = math.inf if config.optim.grad_clip is None else config.optim.grad_clip
+        self.bf16 = config.train.precision == "bf16"
+
+    def __call__(self, batches: Iterator[Batch], step: int) -> StepResult:
+        """Take step number `step`, from 0; with the seed it decides noise, times and dropout."""
+        self.clock.start()
+        self.optimizer.zero_grad(set_to_none=True)
+        router_state.begin_step(self.bare, step)
+        sums: dict[str, Tensor] = {}
+        records, levels, waited = [], [], 0.0
+        for slot in range(self.accumulation):
+            began = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - began
+            with last_micro_batch(self.model, slot == self.accumulation - 1):
+                losses, routing, level = self._micro_batch(batch, step, slot)
+            for name, part in losses.items():
+                sums[name] = sums.get(name, 0) + part.detach() / self.accumulation
+            records.append(routing)
+            levels.append(level)
+        self.clock.mark("forward_backward")
+        norm = nn.utils.clip_grad_norm_(self.bare.parameters(), self.max_norm)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        finite = self._step(norm, sums["loss"], records)
+        return StepResult(sums, records, levels, norm, finite, waited)
+
+    def _micro_batch(
+        self, batch: Batch, step: int, slot: int
+    ) -> tuple[dict[str, Tensor], list[RoutingRecord], Tensor]:
+        """Forward and backward; losses by name, routing, noise levels."""
+        x, cond = (t.to(self.processes.device, non_blocking=True) for t in batch)
+        number = slot * self.processes.world_size + self.processes.rank
+        draw = generator(self.seed, "train", step, number, device=self.processes.device)
+        cond = self.bare.drop_condition(cond, draw)
+        with self._precision():
+            terms = self.objective.training_losses(self.model, x, cond, draw)
+        auxiliary = auxiliary_losses(terms.routing)
+        loss = terms.per_sample.mean() + sum(auxiliary.values())
+        (loss / self.accumulation).backward()
         named = {name: part.mean() for name, part in terms.named.items()}
-        for name, part in ({"loss": terms.per_sample.mean()} | named | auxiliary).items():
-            sums[name] = sums.get(name, 0) + part.detach() / accumulation
-        records.append(terms.routing)
-    optimizer.step()
-    return StepResult(sums, records)
+        losses = {"loss": terms.per_sample.mean()} | named | auxiliary
+        return losses, terms.routing, terms.noise_level
+
+    def _precision(self) -> AbstractContextManager:
+        if not self.bf16:
+            return nullcontext()
+        return torch.autocast(self.processes.device.type, torch.bfloat16)
+
+    @torch.no_grad()
+    def _step(self, norm: Tensor, loss: Tensor, records: list[list[RoutingRecord]]) -> Tensor:
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
+        quantiles, bad = router_state.reduce(self.bare, records, bad.float(), self.processes)
+        # What a gradient scaler would tell a fused optimizer; it then leaves all as it is.
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
+        self.optimizer.step()
+        finite = 1 - bad
+        router_state.apply(self.bare, quantiles, finite)
+        return finite
 
 
 def auxiliary_losses(records: list[RoutingRecord]) -> dict[str, Tensor]:

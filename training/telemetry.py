@@ -1,8 +1,13 @@
 """What a run reports: progress bar, TensorBoard, and `metrics.jsonl`."""
 
 import json
+import math
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from config.schema import Config
 from core.distributed import Processes
+from core.files import complete_file
 from core.logging import progress
-from core.types import RoutingRecord
 from models.dit import DiT
-from training.router_state import capacity_predictors
+from training.flops import matmul_rate, training_flops
+from training.routing_statistics import RoutingStatistics, routing_statistics
 from training.step import StepResult
+from training.validation import BINS
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -26,43 +33,93 @@ class Telemetry:
         config: of the run.
         processes: losses are means over all; the main process writes.
         first_step: steps taken before; later entries of an earlier attempt are dropped.
+        running: what `running` gave when the run was interrupted there.
     """
 
-    def __init__(self, config: Config, processes: Processes, first_step: int):
-        self.processes = processes
+    def __init__(
+        self, config: Config, processes: Processes, first_step: int, running: dict[str, Any]
+    ):
+        self.processes, self.config = processes, config
         self.every = config.train.log_every
-        self.batch = config.train.global_batch_size
         self.last_step = config.train.max_steps
         self.writer = None
-        run_dir = Path(config.run_dir)
-        self.metrics = run_dir / METRICS_FILE
+        self.metrics = Path(config.run_dir) / METRICS_FILE
         if processes.is_main:
-            self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=first_step or None)
+            tensorboard = Path(config.run_dir) / "tensorboard"
+            self.writer = SummaryWriter(tensorboard, purge_step=first_step or None)
             self._drop_entries_after(first_step)
         self.bar = progress(
             None, processes, "training", "step", total=self.last_step, initial=first_step
         )
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.since = time.perf_counter()
+        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        self.possible = matmul_rate(processes.device, dtype) * processes.world_size
+        self.flops = training_flops(config.model)
+        sums = running.get("sums", {})
+        self.sums = {n: torch.tensor(v, device=processes.device) for n, v in sums.items()}
+        self.steps = running.get("steps", 0)
+        self.timed, self.data_seconds, self.since = 0, 0.0, time.perf_counter()
 
-    def step(self, step: int, result: StepResult, model: DiT, lr: float) -> None:
+    def running(self) -> dict[str, Any]:
+        """Sums since the last entry, of this process, as plain numbers for a checkpoint."""
+        return {"steps": self.steps, "sums": {n: v.item() for n, v in self.sums.items()}}
+
+    def step(self, step: int, result: StepResult) -> None:
         """Take in the result of a step; `step` counts those taken, this one included."""
-        for name, value in result.losses.items():
+        taken = result.losses | {"grad_norm": result.grad_norm, "skipped": 1 - result.finite}
+        for name, value in taken.items():
+            # A skipped step would make every mean NaN.
+            value = torch.where(result.finite > 0, value, 0.0) if name != "skipped" else value
             self.sums[name] = self.sums.get(name, 0) + value
         self.steps += 1
+        self.timed += 1
+        self.data_seconds += result.data_seconds
         self.bar.update()
-        if step % self.every == 0 or step == self.last_step:
-            self._report(step, result, model, lr)
+
+    def is_due(self, step: int) -> bool:
+        """Whether an entry is written after `step` steps."""
+        return step % self.every == 0 or step == self.last_step
+
+    def report(
+        self, step: int, result: StepResult, model: DiT, lr: float, phases: dict[str, float]
+    ) -> None:
+        """Write an entry: means since the last one, routing and phases of this step."""
+        names = sorted(self.sums)
+        means = torch.stack([self.sums[name].float() for name in names])
+        means = dict(zip(names, self.processes.all_reduce_mean(means).tolist(), strict=True))
+        skipped = means.pop("skipped")
+        taken = max(1.0, self.steps - skipped)
+        norm = means.pop("grad_norm") / taken
+        scalars = {f"loss/{name}": value / taken for name, value in means.items()}
+        scalars |= {"grad_norm": norm, "skipped_steps": skipped, "lr": lr}
+        scalars |= self._speed(phases)
+        routing = routing_statistics(result.records, result.noise_levels, model, self.processes)
+        if self.writer is not None:
+            self._write(step, scalars | _routing_scalars(routing), routing)
+        rate = scalars["images_per_second"]
+        self.bar.set_postfix(loss=f"{scalars['loss/loss']:.4f}", img_per_s=f"{rate:.0f}")
+        self.sums, self.steps = {}, 0
+        self.timed, self.data_seconds, self.since = 0, 0.0, time.perf_counter()
+
+    def validation(self, step: int, losses: Tensor) -> None:
+        """Losses (BINS,) by noise level."""
+        scalars = {"val/loss": losses.nanmean().item()}
+        for i, value in enumerate(losses.tolist()):
+            if not math.isnan(value):
+                scalars[f"val/loss_at_noise_{(i + 0.5) / BINS:.2f}"] = value
+        if self.writer is not None:
+            self._write(step, scalars, None)
 
     def images(self, step: int, name: str, grid: Tensor) -> None:
         """A picture (H, W, 3) uint8."""
         if self.writer is not None:
             self.writer.add_image(name, grid, step, dataformats="HWC")
 
-    def pause(self) -> "_Pause":
+    @contextmanager
+    def pause(self) -> Iterator[None]:
         """Leave the time spent in a block (samples, checkpoints) out of images/s."""
-        return _Pause(self)
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
     def close(self) -> None:
         """Finish the bar and the files."""
@@ -70,78 +127,71 @@ class Telemetry:
         if self.writer is not None:
             self.writer.close()
 
-    def _report(self, step: int, result: StepResult, model: DiT, lr: float) -> None:
-        names = sorted(self.sums)
-        means = torch.stack([self.sums[name] for name in names]) / self.steps
-        routing = routing_statistics(result.records, model)
-        loads = {name: self.processes.all_reduce_sum(load) for name, load in routing.loads.items()}
-        means = self.processes.all_reduce_mean(means).tolist()
-        rate = self.steps * self.batch / (time.perf_counter() - self.since)
-        scalars = {f"loss/{n}": v for n, v in zip(names, means, strict=True)}
-        for name, capacity in routing.capacity.items():
-            scalars[f"capacity/{name}"] = self.processes.all_reduce_mean(capacity).item()
-        for name, load in loads.items():
-            scalars[f"max_load/{name}"] = (load.max() / load.mean()).item()
-        scalars |= {"lr": lr, "images_per_second": rate}
-        if self.writer is not None:
-            self._write(step, scalars, loads)
-        self.bar.set_postfix(loss=f"{scalars['loss/loss']:.4f}", img_per_s=f"{rate:.0f}")
-        self.sums, self.steps, self.since = {}, 0, time.perf_counter()
+    def _speed(self, phases: dict[str, float]) -> dict[str, float]:
+        device = self.processes.device
+        rate = self.timed * self.config.train.global_batch_size / (time.perf_counter() - self.since)
+        wait = self.data_seconds / max(1, self.timed)
+        phases = phases | {"data": wait, "forward_backward": phases["forward_backward"] - wait}
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "images_per_second": rate,
+            "mfu": rate * self.flops / self.possible,
+            "memory_gib": memory / 2**30,
+            **{f"seconds/{phase}": seconds for phase, seconds in phases.items()},
+        }
 
-    def _write(self, step: int, scalars: dict[str, float], loads: dict[str, Tensor]) -> None:
+    def _write(
+        self, step: int, scalars: dict[str, float], routing: RoutingStatistics | None
+    ) -> None:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
-        for name, load in loads.items():
-            self.writer.add_histogram(f"tokens_per_expert/{name}", load, step, bins="auto")
+        entry = {"step": step, **scalars}
+        if routing is not None:
+            for i, load in enumerate(routing.loads):
+                self.writer.add_histogram(f"tokens_per_expert/moe_layer_{i}", load, step)
+            if routing.thresholds is not None:
+                for i, row in enumerate(routing.thresholds):
+                    self.writer.add_histogram(f"thresholds/moe_layer_{i}", row, step)
+            entry["capacity_by_noise"] = _without_nan(routing.capacity)
         with self.metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+            file.write(json.dumps(entry) + "\n")
 
     def _drop_entries_after(self, step: int) -> None:
-        if self.metrics.exists():
-            lines = self.metrics.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.metrics.write_text("".join(f"{line}\n" for line in kept))
+        """Keep what belongs to the steps taken; a line that a kill cut short goes as well."""
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except ValueError:
+                continue
+        with complete_file(self.metrics) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
 
 
-class _Pause:
-    def __init__(self, telemetry: Telemetry):
-        self.telemetry = telemetry
+def _routing_scalars(routing: RoutingStatistics | None) -> dict[str, float]:
+    """By layer, and capacity by noise level over all layers."""
+    if routing is None:
+        return {}
+    scalars = {}
+    for i, load in enumerate(routing.loads):
+        layer = f"moe_layer_{i}"
+        scalars[f"capacity/{layer}"] = routing.mean_capacity[i].item()
+        scalars[f"max_load/{layer}"] = (load.max() / load.mean()).item()
+        if routing.thresholds is not None:
+            scalars[f"predictor_accuracy/{layer}"] = routing.accuracy[i].item()
+            scalars[f"mean_threshold/{layer}"] = routing.thresholds[i].mean().item()
+    for i, value in enumerate(routing.capacity.mean(dim=0).tolist()):
+        if not math.isnan(value):
+            scalars[f"capacity_at_noise/{(i + 0.5) / BINS:.2f}"] = value
+    return scalars
 
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
 
-    def __exit__(self, *exception: object) -> None:
-        self.telemetry.since += time.perf_counter() - self.began
-
-
-class RoutingStatistics:
-    """Loads (E,) and capacity of each MoE layer, by the layer's name."""
-
-    def __init__(self):
-        self.loads: dict[str, Tensor] = {}
-        self.capacity: dict[str, Tensor] = {}
-
-
-@torch.no_grad()
-def routing_statistics(records: list[list[RoutingRecord]], model: DiT) -> RoutingStatistics:
-    """What the routers did in one step of this process.
-
-    The capacity of a layer with a predictor is the one that its thresholds would give on these
-    tokens in dynamic inference (Eq. 14); that of any other is what was computed (Eq. 8).
-
-    Args:
-        records: for each micro-batch, the records of the layers.
-        model: that made them.
-    """
-    statistics = RoutingStatistics()
-    predictors = capacity_predictors(model)
-    for i, layers in enumerate(zip(*records, strict=True)):
-        name = f"moe_layer_{i}"
-        statistics.loads[name] = torch.stack([r.counts.sum(0) for r in layers]).sum(0).float()
-        if predictors:
-            taken = [predictors[i].counts(r.capacity_logits).sum() for r in layers]
-            tokens = sum(len(r.capacity_logits) for r in layers)
-            statistics.capacity[name] = torch.stack(taken).sum() / tokens
-        else:
-            statistics.capacity[name] = torch.cat([r.capacity_per_sample() for r in layers]).mean()
-    return statistics
+def _without_nan(table: Tensor) -> list[list[float | None]]:
+    return [[None if math.isnan(v) else round(v, 6) for v in row] for row in table.tolist()]

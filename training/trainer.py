@@ -1,32 +1,35 @@
 """The training loop."""
 
+import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from config.load import dump_config
 from config.schema import Config
-from config.validate import accumulation_steps
 from core.distributed import Processes
-from core.files import complete_file
+from core.errors import UserError
+from core.files import complete_file, complete_folder
 from core.logging import get_logger, quiet_other_processes
 from core.rng import derive_seed
 from data.latents import LatentCache, LatentDataset, check_cache
 from data.loader import training_loader
 from data.vae import VAE, to_uint8
 from models.build import build_model
-from models.pretrained import CONFIG_FILE
+from models.pretrained import CONFIG_FILE, save_weights
 from sampling.generate import Sampler
 from sampling.grid import image_grid, save_png
 from sampling.objectives import build_objective
-from training import router_state
-from training.checkpoint import initialise, resume, save_checkpoint
+from training.checkpoint import TrainingState, initialise, resume, save_checkpoint
 from training.ema import EMA
+from training.interruption import StopRequest, losses_named
 from training.optim import build_optimizer, learning_rate
-from training.step import train_step
+from training.parallel import is_sharded, prepare, shard
+from training.step import Batch, StepResult, TrainStep
 from training.telemetry import Telemetry
+from training.validation import Validation
 
 log: logging.Logger = get_logger("train")
 
@@ -35,9 +38,11 @@ def train(config: Config, processes: Processes) -> None:
     """Train as `config` says, from the start or the newest checkpoint, to `max_steps`.
 
     Raises:
-        UserError: when data, VAE, checkpoint and config do not fit each other.
+        UserError: when data, VAE, checkpoint and config do not fit each other, when too many steps
+            in a row are not finite, or when a worker or another process is lost.
     """
-    Trainer(config, processes).fit()
+    with losses_named():
+        Trainer(config, processes).fit()
 
 
 class Trainer:
@@ -45,79 +50,141 @@ class Trainer:
 
     def __init__(self, config: Config, processes: Processes):
         quiet_other_processes(processes)
+        torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
+        torch.backends.cudnn.allow_tf32 = config.train.tf32
         self.config, self.processes = config, processes
         self.run_dir = Path(config.run_dir)
         self.cache = LatentCache(Path(config.data.cached_path))
         check_cache(self.cache, config.data, config.model)
-        self.vae = self._load_vae()
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        self.bare = build_model(config.model).to(processes.device)
-        initialise(config, self.bare)
-        self.ema = EMA(self.bare, config.optim.ema_decay, config.optim.ema_warmup)
-        self.optimizer = build_optimizer(self.bare, config.optim)
         self.objective = build_objective(config.objective)
-        self.step = resume(config, self.bare, self.ema, self.optimizer)
-        self.model = self._wrap()
+        self.validation = None
+        if config.train.val_every:
+            self.validation = Validation(config, self.objective, processes)
+        self.vae = self._load_vae()
+        self.state = self._build()
+        resume(self.state, processes)
+        bare = self.state.model
+        model = prepare(bare, config, processes)
+        self.train_step = TrainStep(
+            model, bare, self.objective, self.state.optimizer, config, processes
+        )
+        self.streak = torch.zeros(2, device=processes.device)  # of skipped steps: now, longest
 
     def fit(self) -> None:
         """Take the steps that are left, and write the last checkpoint."""
-        if self.step >= self.config.train.max_steps:
-            log.info("%s: already at step %d", self.run_dir, self.step)
+        state, last = self.state, self.config.train.max_steps
+        if state.step >= last:
+            log.info("%s: already at step %d", self.run_dir, state.step)
             return
         self._announce()
-        train = self.config.train
         dataset = LatentDataset(self.cache, self.config.seed, self.config.data.horizontal_flip)
-        batches = iter(training_loader(dataset, self.config, self.processes, self.step))
-        accumulation = accumulation_steps(self.config, self.processes.world_size)
-        telemetry = Telemetry(self.config, self.processes, self.step)
-        self.model.train()
-        while self.step < train.max_steps:
-            lr = learning_rate(self.config, self.step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            router_state.begin_step(self.bare, self.step)
-            result = train_step(
-                self.model,
-                self.bare,
-                self.objective,
-                self.optimizer,
-                batches,
-                accumulation,
-                self.step,
-                self.config.seed,
-                self.processes,
-            )
-            router_state.update(self.bare, result.records, self.processes)
-            self.ema.update(self.bare, self.step)
-            self.step += 1
-            telemetry.step(self.step, result, self.bare, lr)
-            with telemetry.pause():
-                self._write_what_is_due(telemetry)
+        batches = iter(training_loader(dataset, self.config, self.processes, state.step))
+        telemetry = Telemetry(self.config, self.processes, state.step, state.running)
+        state.model.train()
+        with StopRequest(self.processes).listening() as stop:
+            while state.step < last:
+                self._step(batches, telemetry)
+                stopping = stop.agreed()
+                with telemetry.pause():
+                    self._write_what_is_due(telemetry, stopping)
+                if stopping and state.step < last:
+                    log.warning("SIGTERM: stopped at step %d; --resume auto goes on", state.step)
+                    break
         telemetry.close()
 
-    def _write_what_is_due(self, telemetry: Telemetry) -> None:
-        train, last = self.config.train, self.step == self.config.train.max_steps
-        grid_due = train.sample_every and (self.step % train.sample_every == 0 or last)
-        checkpoint_due = self.step % train.ckpt_every == 0 or last
-        if self.processes.is_main and checkpoint_due:
-            latents = {
-                "vae_path": self.cache.vae_path,
-                "scaling_factor": self.cache.scaling_factor,
-                "shift_factor": self.cache.shift_factor,
-                "latent_channels": self.cache.latent_shape[0],
-                "class_names": self.cache.class_names,
-            }
-            save_checkpoint(self.config, self.step, self.bare, self.ema, self.optimizer, latents)
-        if self.processes.is_main and grid_due:
+    def _step(self, batches: Iterator[Batch], telemetry: Telemetry) -> None:
+        state = self.state
+        lr = learning_rate(self.config, state.step)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        result = self.train_step(batches, state.step)
+        for ema in state.emas.values():
+            ema.update(state.model, state.step, result.finite)
+        self.train_step.clock.mark("optimizer")
+        state.step += 1
+        now = (self.streak[0] + 1) * (1 - result.finite)
+        self.streak = torch.stack([now, torch.maximum(now, self.streak[1])])
+        telemetry.step(state.step, result)
+        if telemetry.is_due(state.step):
+            phases = self.train_step.clock.read()
+            telemetry.report(state.step, result, state.model, lr, phases)
+            self._check_streak(result)
+
+    def _check_streak(self, result: StepResult) -> None:
+        """Stop after too many skipped steps in a row; what they started from is kept."""
+        limit = self.config.train.max_nonfinite_steps
+        longest = int(self.streak[1])
+        if longest < limit:
+            return
+        folder = self.run_dir / f"nonfinite_step_{self.state.step:07d}"
+        if self.processes.is_main and not self._is_sharded:
+            with complete_folder(folder) as temporary:
+                save_weights(self.state.model, temporary / "model.safetensors")
+                bad = [
+                    name
+                    for name, p in self.state.model.named_parameters()
+                    if p.grad is not None and not p.grad.isfinite().all()
+                ]
+                facts = {
+                    "step": self.state.step,
+                    "losses": {n: str(v.item()) for n, v in result.losses.items()},
+                    "grad_norm": str(result.grad_norm.item()),
+                    "parameters_with_nonfinite_gradient": bad,
+                }
+                (temporary / "facts.json").write_text(json.dumps(facts, indent=2))
+        raise UserError(
+            f"training: {longest} steps in a row had a non-finite loss or gradient "
+            f"(train.max_nonfinite_steps {limit}); weights and facts are in {folder}"
+        )
+
+    @property
+    def _is_sharded(self) -> bool:
+        return is_sharded(self.config, self.processes)
+
+    def _build(self) -> TrainingState:
+        """Model, averages and optimizer at step 0, on this process's device."""
+        config, device = self.config, self.processes.device
+        torch.manual_seed(derive_seed(config.seed, "weights"))
+        model = build_model(config.model).to(device)
+        initialise(config, model)
+        optim = config.optim
+        decays = {"ema": optim.ema_decay}
+        decays |= {f"ema_{decay:g}": decay for decay in optim.extra_ema_decays}
+        emas = {name: EMA(model, decay, optim.ema_warmup) for name, decay in decays.items()}
+        if self._is_sharded:
+            for one in (model, *(ema.model for ema in emas.values())):
+                shard(one, config, self.processes)
+        latents = {
+            "vae_path": self.cache.vae_path,
+            "scaling_factor": self.cache.scaling_factor,
+            "shift_factor": self.cache.shift_factor,
+            "latent_channels": self.cache.latent_shape[0],
+            "class_names": self.cache.class_names,
+        }
+        return TrainingState(config, model, emas, build_optimizer(model, optim), latents)
+
+    def _write_what_is_due(self, telemetry: Telemetry, stopping: bool) -> None:
+        train, step = self.config.train, self.state.step
+        last = step == train.max_steps
+        if step % train.ckpt_every == 0 or last or stopping:
+            self.state.running = telemetry.running()
+            save_checkpoint(self.state, self.processes)
+        if stopping and not last:
+            return
+        if train.val_every and (step % train.val_every == 0 or last):
+            losses = self.validation.losses(self.state.emas["ema"].model, self._is_sharded)
+            telemetry.validation(step, losses)
+        if train.sample_every and (step % train.sample_every == 0 or last):
             self._sample_grid(telemetry)
-        if grid_due or checkpoint_due:
             self.processes.barrier()
 
     def _sample_grid(self, telemetry: Telemetry) -> None:
         """Images of the averaged weights, always of the same noise and classes."""
+        if not (self.processes.is_main or self._is_sharded):
+            return
         config, count = self.config, self.config.train.num_grid_samples
         sampler = Sampler(
-            self.ema.model,
+            self.state.emas["ema"].model,
             self.objective,
             config.sampling,
             self.cache.latent_shape,
@@ -125,10 +192,11 @@ class Trainer:
             self.processes.device,
         )
         labels = [i % config.model.num_classes for i in range(count)]
-        latents, _ = sampler.latents(range(count), labels)
-        grid = image_grid(to_uint8(self.vae.decode(latents)))
-        telemetry.images(self.step, "samples/ema", grid)
-        save_png(grid, self.run_dir / "samples" / f"step_{self.step:07d}.png")
+        latents, _ = sampler.latents(range(count), labels)  # a sharded model: all together
+        if self.processes.is_main:
+            grid = image_grid(to_uint8(self.vae.decode(latents)))
+            telemetry.images(self.state.step, "samples/ema", grid)
+            save_png(grid, self.run_dir / "samples" / f"step_{self.state.step:07d}.png")
 
     def _load_vae(self) -> VAE | None:
         """The decoder for sample grids, where they are wanted and made."""
@@ -136,29 +204,18 @@ class Trainer:
             return None
         return VAE(self.config.data.vae_path, self.processes.device)
 
-    def _wrap(self) -> torch.nn.Module:
-        """DDP where there are several processes; nothing but gradients is synchronised by it."""
-        if self.processes.world_size == 1:
-            return self.bare
-        cuda = self.processes.device.type == "cuda"
-        return DistributedDataParallel(
-            self.bare,
-            device_ids=[self.processes.device] if cuda else None,
-            broadcast_buffers=False,
-        )
-
     def _announce(self) -> None:
         if not self.processes.is_main:
             return
         with complete_file(self.run_dir / CONFIG_FILE) as temporary:
             temporary.write_text(dump_config(self.config))
-        millions = sum(p.numel() for p in self.bare.parameters()) / 1e6
+        millions = sum(p.numel() for p in self.state.model.parameters()) / 1e6
         log.info(
             "%s: %.1fM parameters, %d images, steps %d to %d, %d process(es) on %s",
             self.run_dir,
             millions,
             len(self.cache),
-            self.step,
+            self.state.step,
             self.config.train.max_steps,
             self.processes.world_size,
             self.processes.device.type,

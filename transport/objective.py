@@ -54,7 +54,7 @@ class Flow:
         prediction = output.prediction[:, : x.shape[1]].float()
         error = self._error(prediction, x, noise, t).square().flatten(1).mean(dim=1)
         mse = error if self.config.loss_weighting == "none" else self.weight(t) * error
-        return LossTerms(mse, {"mse": mse}, output.routing)
+        return LossTerms(mse, {"mse": mse}, output.routing, 1 - t)
 
     def time_of(self, u: Tensor) -> Tensor:
         """Training times from `u` uniform in [0, 1)."""

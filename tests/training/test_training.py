@@ -11,8 +11,9 @@ from core.distributed import Processes
 from core.errors import UserError
 from models.build import build_model
 from models.pretrained import find_checkpoint, load_pretrained, load_weights, save_weights
+from models.sealed import seal
 from training import router_state
-from training.checkpoint import resume, save_checkpoint
+from training.checkpoint import TrainingState, resume, save_checkpoint
 from training.ema import EMA
 from training.optim import (
     build_optimizer,
@@ -20,7 +21,7 @@ from training.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from training.step import train_step
+from training.step import TrainStep
 from transport.objective import Flow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -50,7 +51,13 @@ def parts(tmp_path, **model):
     settings.sampling.sampler = "euler"
     made = build_model(settings.model)
     ema = EMA(made, 0.9, warmup=False)
-    return settings, made, ema, build_optimizer(made, settings.optim)
+    optimizer = build_optimizer(made, settings.optim)
+    return TrainingState(settings, made, {"ema": ema}, optimizer, LATENTS)
+
+
+def save(state, step):
+    state.step = step
+    return save_checkpoint(state, ALONE)
 
 
 def batches(count, seed=0):
@@ -60,10 +67,15 @@ def batches(count, seed=0):
     ]
 
 
-def step(model, optimizer, data, number=0):
-    result = train_step(model, model, Flow(), optimizer, iter(data), len(data), number, 0, ALONE)
-    router_state.update(model, result.records, ALONE)
-    return result
+def step(state, data, number=0, optimizer=None, processes=ALONE, **changes):
+    """One step on the micro-batches `data`."""
+    train = dataclasses.replace(
+        state.config.train, global_batch_size=4 * len(data) * processes.world_size, **changes
+    )
+    settings = dataclasses.replace(state.config, seed=0, train=train)
+    optimizer = optimizer or state.optimizer
+    make = TrainStep(state.model, state.model, Flow(), optimizer, settings, processes)
+    return make(iter(data), number)
 
 
 def test_ema_by_hand_and_live_thresholds():
@@ -94,25 +106,26 @@ def test_ema_warmup_starts_short():
 
 
 def test_thresholds_take_one_step_from_the_mean_quantile(tmp_path):
-    _, model, _, optimizer = parts(tmp_path)
-    result = step(model, optimizer, batches(2))
+    state = parts(tmp_path)
+    result = step(state, batches(2))
     quantiles = torch.stack([layers[0].quantiles for layers in result.records])
     assert quantiles.shape == (2, 4)
-    predictor = router_state.capacity_predictors(model)[0]
+    predictor = router_state.capacity_predictors(state.model)[0]
     torch.testing.assert_close(predictor.thresholds, 0.05 * quantiles.mean(0))
 
 
 def test_accumulation_is_the_mean_of_the_micro_batches(tmp_path):
     """Gradients of two micro-batches in one step, against the two losses added by hand."""
-    _, model, _, _ = parts(tmp_path)
-    still = torch.optim.SGD(model.parameters(), lr=0.0)
+    state = parts(tmp_path)
+    model = state.model
+    still = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0, fused=True)
     data = batches(2)
-    result = step(model, still, data)
+    result = step(state, data, optimizer=still)
     together = {n: p.grad.clone() for n, p in model.named_parameters()}
     sums, losses = {n: torch.zeros_like(g) for n, g in together.items()}, []
     for slot in range(2):
-        group = Processes(slot, 2, torch.device("cpu"))
-        alone = train_step(model, model, Flow(), still, iter([data[slot]]), 1, 0, 0, group)
+        group = Alone(slot, 2, torch.device("cpu"))
+        alone = step(state, [data[slot]], optimizer=still, processes=group)
         losses.append(alone.losses["loss"] + alone.losses["capacity"])
         for n, p in model.named_parameters():
             sums[n] += p.grad / 2
@@ -122,38 +135,46 @@ def test_accumulation_is_the_mean_of_the_micro_batches(tmp_path):
     torch.testing.assert_close(total, torch.stack(losses).mean())
 
 
+class Alone(Processes):
+    """One of several processes, without the others."""
+
+    def all_reduce_mean(self, tensor):
+        return tensor
+
+
 def test_a_model_learns_a_constant(tmp_path):
-    _, model, _, optimizer = parts(tmp_path)
+    state = parts(tmp_path)
     data = [(torch.full((4, 4, 4, 4), 2.0), torch.tensor([0, 1, 2, 0]))] * 2
-    losses = [step(model, optimizer, data, n).losses["loss"].item() for n in range(30)]
+    losses = [step(state, data, n).losses["loss"].item() for n in range(30)]
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_a_resumed_run_is_where_it_stopped(tmp_path):
-    settings, model, ema, optimizer = parts(tmp_path)
+    state = parts(tmp_path)
     for number in range(3):
-        step(model, optimizer, batches(2, number), number)
-        ema.update(model, number)
-    save_checkpoint(settings, 3, model, ema, optimizer, LATENTS)
-    twin_settings, twin, twin_ema, twin_optimizer = parts(tmp_path)
-    twin_settings.resume = "auto"
-    assert resume(twin_settings, twin, twin_ema, twin_optimizer) == 3
-    for one, other in ((model, twin), (ema.model, twin_ema.model)):
-        for name, tensor in one.state_dict().items():
-            assert torch.equal(tensor, other.state_dict()[name]), name
-    moments = optimizer_tensors(model, optimizer)
-    for name, tensor in optimizer_tensors(twin, twin_optimizer).items():
+        step(state, batches(2, number), number)
+        state.emas["ema"].update(state.model, number)
+    save(state, 3)
+    twin = parts(tmp_path)
+    twin.config.resume = "auto"
+    resume(twin, ALONE)
+    assert twin.step == 3
+    for name, module in state.modules().items():
+        for key, tensor in module.state_dict().items():
+            assert torch.equal(tensor, twin.modules()[name].state_dict()[key]), key
+    moments = optimizer_tensors(state.model, state.optimizer)
+    for name, tensor in optimizer_tensors(twin.model, twin.optimizer).items():
         assert torch.equal(tensor, moments[name]), name
-    step(model, optimizer, batches(2, 3), 3)
-    step(twin, twin_optimizer, batches(2, 3), 3)
-    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+    for one in (state, twin):
+        step(one, batches(2, 3), 3)
+    for one, other in zip(state.model.parameters(), twin.model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_checkpoints_hold_no_pickle_and_the_newest_is_found(tmp_path):
-    settings, model, ema, optimizer = parts(tmp_path)
+    state = parts(tmp_path)
     for number in (9, 10):
-        save_checkpoint(settings, number, model, ema, optimizer, LATENTS)
+        save(state, number)
     run = tmp_path / "run"
     unfinished = run / "checkpoints" / "step_0000011"
     unfinished.mkdir()
@@ -162,67 +183,77 @@ def test_checkpoints_hold_no_pickle_and_the_newest_is_found(tmp_path):
     assert find_checkpoint(folder) == folder
     assert {p.suffix for p in folder.iterdir()} == {".yaml", ".json", ".safetensors"}
     loaded = load_pretrained(run)
-    assert loaded.state == {"step": 10, "latents": LATENTS}
-    assert loaded.config == dataclasses.replace(settings)
+    assert (loaded.state["step"], loaded.state["latents"]) == (10, LATENTS)
+    assert loaded.config == state.config
     assert not loaded.model.training
 
 
 def test_a_run_with_checkpoints_is_not_overwritten(tmp_path):
-    settings, model, ema, optimizer = parts(tmp_path)
-    assert resume(settings, model, ema, optimizer) == 0
-    save_checkpoint(settings, 1, model, ema, optimizer, LATENTS)
+    state = parts(tmp_path)
+    resume(state, ALONE)
+    assert state.step == 0
+    save(state, 1)
     with pytest.raises(UserError, match=r"has checkpoints; give --resume auto"):
-        resume(settings, model, ema, optimizer)
+        resume(state, ALONE)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
-    settings, model, ema, optimizer = parts(tmp_path)
-    save_checkpoint(settings, 1, model, ema, optimizer, LATENTS)
+    save(parts(tmp_path), 1)
     deeper = parts(tmp_path, depth=4)
-    deeper[0].resume = "auto"
+    deeper.config.resume = "auto"
     with pytest.raises(UserError, match=r"another architecture: model\.depth is 2 there, 4 here"):
-        resume(*deeper)
+        resume(deeper, ALONE)
 
 
 def test_weights_of_another_architecture_are_named(tmp_path):
-    _, model, _, _ = parts(tmp_path)
-    save_weights(model, tmp_path / "w.safetensors")
-    wider = parts(tmp_path, hidden_size=32)[1]
+    save_weights(parts(tmp_path).model, tmp_path / "w.safetensors")
+    wider = parts(tmp_path, hidden_size=32).model
     wanted = r"is \(16, .*\) in the file, \(32, .*\) in the model.* \(and \d+ more\)"
     with pytest.raises(UserError, match=wanted):
         load_weights(wider, tmp_path / "w.safetensors")
-    deeper = parts(tmp_path, depth=4)[1]
+    deeper = parts(tmp_path, depth=4).model
     with pytest.raises(UserError, match=r"blocks\.2\.\S+ is missing in the file"):
         load_weights(deeper, tmp_path / "w.safetensors")
 
 
 def test_damaged_and_missing_checkpoints_are_named(tmp_path):
-    settings, model, ema, optimizer = parts(tmp_path)
     with pytest.raises(UserError, match=r"run: no checkpoint here"):
         load_pretrained(tmp_path / "run")
-    folder = save_checkpoint(settings, 1, model, ema, optimizer, LATENTS)
+    folder = save(parts(tmp_path), 1)
+    with pytest.raises(UserError, match=r"weights: unknown 'ema_0\.5'; known: ema, model"):
+        load_pretrained(tmp_path / "run", "ema_0.5")
     weights = folder / "ema.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"ema\.safetensors: \d+ bytes, \d+ were written"):
+        load_pretrained(tmp_path / "run")
+    seal(folder)
     with pytest.raises(UserError, match=r"ema\.safetensors: not a readable safetensors file"):
         load_pretrained(tmp_path / "run")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "3", '{"step": 1, "latents": {}}'])
 def test_a_damaged_state_is_named(tmp_path, text):
-    settings, model, ema, optimizer = parts(tmp_path)
-    folder = save_checkpoint(settings, 1, model, ema, optimizer, LATENTS)
+    folder = save(parts(tmp_path), 1)
     (folder / "state.json").write_text(text)
+    seal(folder)
     with pytest.raises(UserError, match=r"step_0000001/state\.json: (not readable|damaged)"):
         load_pretrained(tmp_path / "run")
 
 
 def test_optimizer_state_by_name(tmp_path):
-    _, model, _, optimizer = parts(tmp_path)
-    step(model, optimizer, batches(1))
-    tensors = optimizer_tensors(model, optimizer)
+    state = parts(tmp_path)
+    model = state.model
+    step(state, batches(1))
+    tensors = optimizer_tensors(model, state.optimizer)
     assert "final.linear.weight/exp_avg" in tensors
     fresh = build_optimizer(model, OptimConfig(lr=0.5))
-    load_optimizer_tensors(model, fresh, tensors)
+
+    def fill(targets):
+        assert targets.keys() == tensors.keys()
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+    load_optimizer_tensors(model, fresh, fill)
     assert fresh.param_groups[0]["lr"] == 0.5
     weight = model.final.linear.weight
     assert torch.equal(fresh.state[weight]["exp_avg"], tensors["final.linear.weight/exp_avg"])

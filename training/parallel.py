@@ -1,0 +1,96 @@
+"""How a model is spread over processes and made to compute: DDP, FSDP2, compilation."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
+
+from config.schema import Config
+from core.distributed import Processes
+from core.types import ModelOutput, RoutingPlan, RoutingRecord
+from models.dit import DiT
+
+
+def is_sharded(config: Config, processes: Processes) -> bool:
+    """Whether the weights lie in parts on several processes."""
+    return config.parallel.strategy == "fsdp" and processes.world_size > 1
+
+
+def shard(model: DiT, config: Config, processes: Processes) -> None:
+    """Spread the parameters over the processes in place, block by block (FSDP2)."""
+    _register_outputs()
+    size = config.parallel.shard_size or processes.world_size
+    kind = processes.device.type
+    if size == processes.world_size:
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    else:
+        shape = (processes.world_size // size, size)
+        mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, shard_placement_fn=_placement(mesh))
+    fully_shard(model, mesh=mesh, shard_placement_fn=_placement(mesh))
+
+
+def _placement(mesh: DeviceMesh):
+    parts = mesh["shard"].size()
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        """The first dimension that falls into equal parts: of 8 experts on 16 GPUs the width."""
+        for dim, length in enumerate(parameter.shape):
+            if length % parts == 0:
+                return Shard(dim)
+        return None
+
+    return placement
+
+
+def _register_outputs() -> None:
+    """Let FSDP find the tensors in what blocks and models return.
+
+    It hooks them to fetch weights for the backward pass; losses inside a routing record need
+    theirs before the block's output does.
+    """
+    for kind in (RoutingPlan, RoutingRecord, ModelOutput):
+        if kind not in torch.utils._pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(kind)
+
+
+def prepare(model: DiT, config: Config, processes: Processes) -> nn.Module:
+    """The model as training calls it; `model` itself keeps the names of its parameters."""
+    if config.train.activation_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    if processes.world_size == 1 or isinstance(model, FSDPModule):
+        return model
+    cuda = processes.device.type == "cuda"
+    return DistributedDataParallel(
+        model,
+        device_ids=[processes.device] if cuda else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+@contextmanager
+def last_micro_batch(model: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are reduced over the processes in the last micro-batch of a step only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not last:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The part of each tensor that lies on this process."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
