@@ -33,6 +33,7 @@ from models.pretrained import (
     load_pretrained,
     read_tensors,
     save_weights,
+    weights_names,
     weights_path,
 )
 from models.sealed import check_seal, seal
@@ -90,9 +91,7 @@ def gather_shards(checkpoint: Path, out: Path) -> None:
     source = find_checkpoint(checkpoint)
     check_seal(source)
     with complete_folder(out) as folder:
-        for name in sorted(
-            {p.stem for p in source.iterdir() if p.stem.startswith(("model", "ema"))}
-        ):
+        for name in weights_names(source):
             save_file(read_tensors(weights_path(source, name)), folder / f"{name}.safetensors")
         for name in (CONFIG_FILE, STATE_FILE):
             shutil.copy(source / name, folder / name)

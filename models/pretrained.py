@@ -6,6 +6,7 @@ folders `model`, `ema` of shards), `state.json` (step, facts of the latents) and
 """
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,7 @@ def load_pretrained(path: Path, weights: str = "ema") -> Pretrained:
     config = load_config(folder / CONFIG_FILE)
     model = build_model(config.model)
     if not weights_path(folder, weights).exists():
-        known = sorted({p.stem for p in folder.iterdir() if p.stem.startswith(("ema", "model"))})
-        raise unknown_name(f"{folder}: weights", weights, known)
+        raise unknown_name(f"{folder}: weights", weights, weights_names(folder))
     load_weights(model, weights_path(folder, weights))
     return Pretrained(model.eval(), config, read_state(folder), folder)
 
@@ -93,6 +93,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def weights_names(folder: Path) -> list[str]:
+    """Weights that a checkpoint has: `model`, `ema`, other averages."""
+    names = {path.name.removesuffix(".safetensors") for path in folder.iterdir()}
+    return sorted(name for name in names if name == "model" or name.split("_")[0] == "ema")
+
+
 def weights_path(folder: Path, name: str) -> Path:
     """Where the tensors `name` of a checkpoint lie: one file, or a folder of shards."""
     return folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
@@ -118,7 +124,9 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
     }
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     return tensors
 
 

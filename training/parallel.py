@@ -1,6 +1,8 @@
 """How a model is spread over processes and made to compute: DDP, FSDP2, compilation."""
 
-from collections.abc import Iterable, Iterator
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -24,6 +26,8 @@ def is_sharded(config: Config, processes: Processes) -> bool:
 def shard(model: DiT, config: Config, processes: Processes) -> None:
     """Spread the parameters over the processes in place, block by block (FSDP2)."""
     _register_outputs()
+    # A prediction may be a view of a fresh tensor; nothing here changes it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     size = config.parallel.shard_size or processes.world_size
     kind = processes.device.type
     if size == processes.world_size:
@@ -36,7 +40,7 @@ def shard(model: DiT, config: Config, processes: Processes) -> None:
     fully_shard(model, mesh=mesh, shard_placement_fn=_placement(mesh))
 
 
-def _placement(mesh: DeviceMesh):
+def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
     parts = mesh["shard"].size()
 
     def placement(parameter: nn.Parameter) -> Shard | None:
@@ -70,11 +74,14 @@ def prepare(model: DiT, config: Config, processes: Processes) -> nn.Module:
     if processes.world_size == 1 or isinstance(model, FSDPModule):
         return model
     cuda = processes.device.type == "cuda"
+    # Buffers are the same everywhere. The switch has a new name since torch 2.15.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[processes.device] if cuda else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{sync: False},
     )
 
 

@@ -1,0 +1,69 @@
+"""torchrun --nproc_per_node=2 tests/distributed/strategies.py OUT CACHE VAL_CACHE VAE
+
+Train the same tiny model under each strategy, one run after the other.
+"""
+
+import sys
+from pathlib import Path
+
+from config.load import parse_config
+from core.distributed import processes
+from training.trainer import train
+
+STEPS = 6
+
+
+def flags(out: Path, cache: str, val_cache: str, vae: str, **changes: object) -> list[str]:
+    values = {
+        "run_dir": out,
+        "device": "cpu",
+        "data.cached_path": cache,
+        "data.val_cached_path": val_cache,
+        "data.vae_path": vae,
+        "data.image_size": 16,
+        "data.num_workers": 0,
+        "model.input_size": 8,
+        "model.in_channels": 3,
+        "model.patch_size": 2,
+        "model.hidden_size": 16,
+        "model.num_heads": 2,
+        "model.depth": 2,
+        "model.num_classes": 3,
+        "model.feed_forward.num_experts": 3,  # does not fall into two parts
+        "optim.lr": 1e-2,
+        "optim.grad_clip": 1.0,
+        "optim.extra_ema_decays": "[0.5]",
+        "train.max_steps": STEPS,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 2,
+        "train.log_every": 1,
+        "train.ckpt_every": 2,
+        "train.sample_every": 0,
+    }
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [f"--{key}={value}" for key, value in values.items()]
+
+
+def main(out: Path, *data: str) -> None:
+    fsdp = {"parallel__strategy": "fsdp"}
+    again = {"train__activation_checkpointing": True}
+    with processes("cpu", cpu_threads=1) as group:
+
+        def run(name: str, **changes: object) -> None:
+            argv = flags(out / name, *data, resume="auto", **changes)
+            train(parse_config(argv, "train.py", group.world_size), group)
+
+        run("ddp")
+        grids = {"train__sample_every": 6, "train__num_grid_samples": 3, "sampling__num_steps": 2}
+        run("fsdp", **fsdp, train__val_every=6, **grids)
+        run("ddp_logging", train__val_every=6)
+        run("hybrid", **fsdp, parallel__shard_size=1)
+        run("ddp_recomputing", **again)
+        run("fsdp_recomputing", **fsdp, **again)
+        for steps, strategy in ((2, "ddp"), (4, "fsdp"), (STEPS, "ddp")):
+            run("changing", parallel__strategy=strategy, train__max_steps=steps)
+        run("bf16", train__precision="bf16")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,0 +1,127 @@
+"""DDP, FSDP, hybrid sharding and recomputation are ways to compute the same training."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from strategies import STEPS, flags
+
+from config.load import parse_config
+from core.distributed import Processes
+from models.convert import gather_shards
+from models.pretrained import find_checkpoint, load_pretrained, read_tensors, weights_path
+from training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(make_cache, tmp_path_factory, vae_folder):
+    folder = tmp_path_factory.mktemp("caches")
+    caches = [make_cache(folder / name) for name in ("train", "val")]
+    return [str(path) for path in (*caches, vae_folder)]
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("strategies")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*command, "tests/distributed/strategies.py", out, *data],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr, done.stderr[-3000:]
+    return out
+
+
+def entries(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in lines if "loss/loss" in entry]
+
+
+def weights(run, name="ema"):
+    return read_tensors(weights_path(find_checkpoint(run), name))
+
+
+NAMES = ["fsdp", "ddp_logging", "hybrid", "ddp_recomputing", "fsdp_recomputing", "changing"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_losses_gradients_and_routing(runs, name):
+    wanted, found = entries(runs / "ddp"), entries(runs / name)
+    assert [entry["step"] for entry in found] == list(range(1, STEPS + 1))
+    for one, other in zip(wanted, found, strict=True):
+        for key in ("loss/loss", "loss/capacity", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5), key
+        for key in ("capacity/moe_layer_0", "mean_threshold/moe_layer_0", "max_load/moe_layer_0"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["model", "ema", "ema_0.5", "optimizer"])
+def test_the_same_weights_averages_and_moments(runs, name, kind):
+    wanted, found = weights(runs / "ddp", kind), weights(runs / name, kind)
+    assert wanted.keys() == found.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_shards_are_gathered_into_single_files(runs, tmp_path):
+    gather_shards(runs / "fsdp", tmp_path / "whole")
+    for name in ("model", "ema", "ema_0.5"):
+        one = load_pretrained(runs / "fsdp", name).model.state_dict()
+        other = load_pretrained(tmp_path / "whole", name).model.state_dict()
+        for key, tensor in one.items():
+            assert torch.equal(other[key], tensor), key
+    assert (tmp_path / "whole" / "ema.safetensors").is_file()
+    assert (find_checkpoint(runs / "fsdp") / "ema").is_dir()
+
+
+@pytest.mark.slow
+def test_shards_go_on_with_another_number_of_processes(runs, data, tmp_path):
+    """A sharded run of two processes is continued by one, which trains on as both would."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    middle = runs / "fsdp" / "checkpoints" / "step_0000004"
+    (run / "checkpoints" / middle.name).symlink_to(middle)
+    argv = flags(run, *data, resume="auto")
+    train(parse_config(argv, "train.py"), ALONE)
+    for key, tensor in weights(runs / "ddp").items():
+        torch.testing.assert_close(weights(run)[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+def test_validation_and_grids_of_a_sharded_model(runs):
+    found = {}
+    for name in ("fsdp", "ddp_logging"):
+        lines = (runs / name / "metrics.jsonl").read_text().splitlines()
+        found[name] = next(entry for entry in map(json.loads, lines) if "val/loss" in entry)
+    assert found["fsdp"].keys() == found["ddp_logging"].keys()
+    assert len(found["fsdp"]) > 5
+    for key, value in found["fsdp"].items():
+        assert value == pytest.approx(found["ddp_logging"][key], rel=1e-4), key
+    assert (runs / "fsdp" / "samples" / "step_0000006.png").is_file()
+
+
+@pytest.mark.slow
+def test_bf16_trains_float32_weights(runs):
+    wanted, found = entries(runs / "ddp"), entries(runs / "bf16")
+    losses = [
+        (one["loss/loss"], other["loss/loss"]) for one, other in zip(wanted, found, strict=True)
+    ]
+    assert all(other == pytest.approx(one, rel=0.05) for one, other in losses)
+    assert any(one != other for one, other in losses)
+    assert {tensor.dtype for tensor in weights(runs / "bf16", "model").values()} == {torch.float32}
