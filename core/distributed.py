@@ -70,14 +70,30 @@ class Processes:
             self.barrier()
 
 
-def restarted() -> bool:
-    """Whether torchrun started these processes anew after a failure (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun started these processes anew after a failure (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def world_size() -> int:
     """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _meeting_place(rank: int, world: int) -> dict[str, Any]:
+    """Where the processes find each other, by default where torchrun says.
+
+    After a restart its store may still hold the addresses of the processes that are gone, so the
+    new ones meet under a prefix of their own.
+    """
+    if restarts() == 0:
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    return {
+        "store": dist.PrefixStore(f"restart {restarts()}", store),
+        "rank": rank,
+        "world_size": world,
+    }
 
 
 @contextmanager
@@ -114,6 +130,7 @@ def processes(
             backend="nccl" if cuda else "gloo",
             device_id=place if cuda else None,
             timeout=timedelta(seconds=timeout),
+            **_meeting_place(rank, world),
         )
     try:
         yield Processes(rank, world, place)

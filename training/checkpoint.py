@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from config.load import dump_config, load_config
 from config.schema import Config
-from core.distributed import Processes, restarted
+from core.distributed import Processes, restarts
 from core.errors import ConfigError, UserError
 from core.files import complete_folder
 from core.logging import get_logger
@@ -178,7 +178,7 @@ def _choose(config: Config) -> Path | ConfigError | None:
     found = checkpoints(Path(config.run_dir))
     if not found:
         return None
-    if config.resume == "never" and not restarted():
+    if config.resume == "never" and restarts() == 0:
         return ConfigError(
             f"run_dir: {config.run_dir} has checkpoints; give --resume auto to continue, or "
             "another --run_dir"

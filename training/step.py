@@ -1,6 +1,5 @@
 """One optimizer step over the micro-batches of this process."""
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -76,7 +75,7 @@ class TrainStep:
         self.seed = config.seed
         self.clock = Clock(processes.device)
         self.accumulation = accumulation_steps(config, processes.world_size)
-        self.max_norm = math.inf if config.optim.grad_clip is None else config.optim.grad_clip
+        self.max_norm = config.optim.grad_clip
         self.bf16 = config.train.precision == "bf16"
 
     def __call__(self, batches: Iterator[Batch], step: int) -> StepResult:
@@ -97,8 +96,7 @@ class TrainStep:
             records.append(routing)
             levels.append(level)
         self.clock.mark("forward_backward")
-        norm = nn.utils.clip_grad_norm_(self.bare.parameters(), self.max_norm)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = self._clip()
         finite = self._step(norm, sums["loss"], records)
         return StepResult(sums, records, levels, norm, finite, waited)
 
@@ -118,6 +116,18 @@ class TrainStep:
         named = {name: part.mean() for name, part in terms.named.items()}
         losses = {"loss": terms.per_sample.mean()} | named | auxiliary
         return losses, terms.routing, terms.noise_level
+
+    def _clip(self) -> Tensor:
+        """L2 norm of the whole gradient, which is clipped if that is asked for."""
+        parameters = list(self.bare.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if self.max_norm is not None:
+            # Left as it is where the norm is not finite: the step is skipped, and a dump can
+            # tell which parameters are to blame.
+            finite = torch.nan_to_num(norm, nan=0.0, posinf=0.0)
+            nn.utils.clip_grads_with_norm_(parameters, self.max_norm, finite)
+        return norm
 
     def _precision(self) -> AbstractContextManager:
         if not self.bf16:

@@ -1,0 +1,325 @@
+"""What goes wrong in weeks of training: kills, damage, preemption, bad numbers, lost processes."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from config.load import parse_config
+from core.distributed import Processes
+from core.errors import UserError
+from models.pretrained import find_checkpoint, read_tensors, weights_path
+from training import trainer as trainer_module
+from training.interruption import losses_named
+from training.step import TrainStep
+from training.trainer import Trainer, train
+from training.verify_resume import write_cache
+
+ROOT = Path(__file__).parents[2]
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return write_cache(tmp_path_factory.mktemp("random") / "cache")
+
+
+@pytest.fixture
+def flags(cache, tmp_path):
+    """A call that gives the flags of a tiny run, changed as asked."""
+
+    def make(run="run", **changes):
+        values = {
+            "run_dir": tmp_path / run,
+            "resume": "auto",
+            "device": "cpu",
+            "data.cached_path": cache,
+            "data.image_size": 32,
+            "data.num_workers": 0,
+            "model.input_size": 4,
+            "model.patch_size": 1,
+            "model.hidden_size": 16,
+            "model.num_heads": 2,
+            "model.depth": 2,
+            "model.num_classes": 3,
+            "model.feed_forward.num_experts": 4,
+            "train.max_steps": 8,
+            "train.global_batch_size": 8,
+            "train.micro_batch_size": 4,
+            "train.log_every": 2,
+            "train.ckpt_every": 2,
+            "train.sample_every": 0,
+        }
+        values |= {key.replace("__", "."): value for key, value in changes.items()}
+        return [f"--{key}={value}" for key, value in values.items()]
+
+    return make
+
+
+def run(argv):
+    train(parse_config(argv, "train.py"), ALONE)
+
+
+def final(folder, name="model"):
+    return read_tensors(weights_path(find_checkpoint(folder), name))
+
+
+def truncate(folder):
+    path = folder / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(folder):
+    path = folder / "ema.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4
+    path.write_bytes(content)
+
+
+def lose_a_file(folder):
+    (folder / "state.json").unlink()
+
+
+def spoil_the_manifest(folder):
+    (folder / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, lose_a_file, spoil_the_manifest])
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(damage, flags, tmp_path, caplog):
+    run(flags("whole"))
+    run(flags(train__max_steps=6))
+    damage(tmp_path / "run" / "checkpoints" / "step_0000006")
+    with caplog.at_level(logging.WARNING):
+        run(flags())
+    assert "damaged checkpoint, taking the one before: " in caplog.text
+    assert "step_0000006/" in caplog.text
+    for name, tensor in final(tmp_path / "whole").items():
+        assert torch.equal(final(tmp_path / "run")[name], tensor), name
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert {"step_0000006", "step_0000006.damaged", "step_0000008", "latest"} <= kept
+
+
+def test_nothing_but_damaged_checkpoints_is_refused(flags, tmp_path):
+    run(flags(train__max_steps=2))
+    truncate(tmp_path / "run" / "checkpoints" / "step_0000002")
+    with pytest.raises(UserError, match=r"every checkpoint of .* is damaged"):
+        run(flags())
+
+
+def test_which_checkpoints_are_kept(flags, tmp_path):
+    run(flags(train__ckpt_every=1, train__keep_last=2, train__keep_every=3))
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in folder.glob("step_*")) == [
+        f"step_{step:07d}" for step in (3, 6, 7, 8)
+    ]
+    assert (folder / "latest").resolve().name == "step_0000008"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_workers_change_nothing_and_an_extra_average_is_its_own(flags, tmp_path):
+    run(flags("none", optim__extra_ema_decays="[0.5]"))
+    run(flags("two", data__num_workers=2))
+    for name, tensor in final(tmp_path / "none").items():
+        assert torch.equal(final(tmp_path / "two")[name], tensor), name
+    live, slow, fast = (final(tmp_path / "none", n) for n in ("model", "ema", "ema_0.5"))
+    far = sum((slow[n] - live[n]).abs().sum() for n in live)
+    near = sum((fast[n] - live[n]).abs().sum() for n in live)
+    assert 0 < near < far
+
+
+def test_another_pool_works_and_warns(flags, tmp_path, caplog):
+    run(flags(train__max_steps=4))
+    with caplog.at_level(logging.WARNING):
+        run(flags(train__micro_batch_size=2))
+    assert "micro_batch_size: was 4, is 2 now: another pool of tokens" in caplog.text
+    assert find_checkpoint(tmp_path / "run").name == "step_0000008"
+
+
+def test_a_metrics_line_that_a_kill_cut_short_is_dropped(flags, tmp_path):
+    run(flags(train__max_steps=4))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 5, "loss')
+    run(flags())
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == [2, 4, 6, 8]
+
+
+def test_sigterm_saves_and_a_new_start_goes_on(flags, tmp_path, monkeypatch):
+    run(flags("whole"))
+    take = TrainStep.__call__
+
+    def interrupted(self, batches, step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, batches, step)
+
+    monkeypatch.setattr(TrainStep, "__call__", interrupted)
+    run(flags(train__ckpt_every=100))
+    assert find_checkpoint(tmp_path / "run").name == "step_0000005"
+    monkeypatch.undo()
+    run(flags(train__ckpt_every=100))
+    for name in ("model", "ema", "optimizer"):
+        for key, tensor in final(tmp_path / "whole", name).items():
+            assert torch.equal(final(tmp_path / "run", name)[key], tensor), key
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def poisoned(monkeypatch, steps):
+    """Make the gradient of some steps NaN, in one micro-batch only."""
+    micro = TrainStep._micro_batch
+
+    def spoiled(self, batch, step, slot):
+        result = micro(self, batch, step, slot)
+        if step in steps and slot == 1:
+            self.bare.final.linear.bias.grad.mul_(float("nan"))
+        return result
+
+    monkeypatch.setattr(TrainStep, "_micro_batch", spoiled)
+
+
+def test_a_step_with_nan_reaches_nothing(flags, tmp_path, monkeypatch):
+    """The state after a skipped step is the one before it, and the log counts it."""
+    poisoned(monkeypatch, {3})
+    run(flags(train__ckpt_every=1, train__max_steps=4, optim__extra_ema_decays="[0.5]"))
+    before, after = (tmp_path / "run" / "checkpoints" / f"step_{step:07d}" for step in (3, 4))
+    for name in ("model", "ema", "ema_0.5", "optimizer"):
+        one, other = (read_tensors(folder / f"{name}.safetensors") for folder in (before, after))
+        for key, tensor in one.items():
+            assert torch.equal(other[key], tensor), f"{name}: {key}"
+    entries = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [entry["skipped_steps"] for entry in entries] == [0, 1]
+    assert entries[1]["loss/loss"] > 0
+    assert entries[1]["grad_norm"] > 0
+
+
+def test_too_many_nan_steps_in_a_row_stop_with_a_dump(flags, tmp_path, monkeypatch):
+    poisoned(monkeypatch, set(range(2, 100)))
+    with pytest.raises(UserError, match=r"3 steps in a row .*max_nonfinite_steps 3.* are in"):
+        run(flags(train__max_steps=20, train__log_every=5, train__max_nonfinite_steps=3))
+    folder = tmp_path / "run" / "nonfinite_step_0000005"
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["parameters_with_nonfinite_gradient"] == ["final.linear.bias"]
+    weights = read_tensors(folder / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_single_bad_steps_do_not_stop(flags, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {1, 3, 5, 7})
+    run(flags(train__max_nonfinite_steps=2))
+    assert find_checkpoint(tmp_path / "run").name == "step_0000008"
+
+
+def test_clipping_bounds_the_gradient(flags, monkeypatch):
+    norms = []
+    step = TrainStep._step
+
+    def noted(self, norm, loss, records):
+        squares = [p.grad.square().sum() for p in self.bare.parameters() if p.grad is not None]
+        norms.append((norm.item(), torch.stack(squares).sum().sqrt().item()))
+        return step(self, norm, loss, records)
+
+    monkeypatch.setattr(TrainStep, "_step", noted)
+    run(flags(optim__grad_clip=0.01, train__max_steps=2))
+    for reported, left in norms:
+        assert reported > 0.01
+        assert left == pytest.approx(0.01, rel=1e-3)
+
+
+def test_losing_a_worker_or_a_process_is_one_clear_line():
+    with (
+        pytest.raises(UserError, match=r"a data worker or another process .* does not answer"),
+        losses_named(),
+    ):
+        raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]")
+    with pytest.raises(ZeroDivisionError), losses_named():
+        _ = 1 / 0
+    with pytest.raises(RuntimeError, match="shapes"), losses_named():
+        raise RuntimeError("shapes do not fit")
+
+
+class Hanging:
+    """A data set whose workers never answer."""
+
+    def __init__(self, *args):
+        pass
+
+    def __len__(self):
+        return 40
+
+    def __getitems__(self, items):
+        time.sleep(3600)
+
+
+def test_a_hung_worker_ends_the_run(flags, monkeypatch):
+    monkeypatch.setattr(trainer_module, "LatentDataset", Hanging)
+    with pytest.raises(UserError, match=r"does not answer \(train.timeout\): .*timed out"):
+        run(flags(data__num_workers=1, train__timeout=1))
+
+
+def launch(*argv, **environment):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.Popen(
+        [*command, *map(str, argv)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_and_goes_on_by_itself(flags, tmp_path):
+    """One of two processes is killed; `--max-restarts` finishes the run, with `resume: never`."""
+    argv = flags(
+        resume="never", train__max_steps=400, train__micro_batch_size=2, train__ckpt_every=20
+    )
+    whole = launch("--nproc_per_node=2", "--max-restarts=1", "train.py", *argv)
+    threading.Thread(target=kill_one_worker, args=(whole, tmp_path / "run"), daemon=True).start()
+    errors = whole.communicate(timeout=200)[1]
+    assert whole.returncode == 0, errors[:6000]
+    assert "going on from there" in errors
+    assert find_checkpoint(tmp_path / "run").name == "step_0000400"
+
+
+def kill_one_worker(launcher, folder):
+    while launcher.poll() is None and not list(folder.glob("checkpoints/step_*")):
+        time.sleep(0.02)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_bitwise_equal():
+    """`python -m training.verify_resume`, with fewer random moments."""
+    command = [sys.executable, "-m", "training.verify_resume", "--kills", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-1] == "all bitwise equal"
+    assert sum("bitwise equal" in line for line in lines) == 2 * 5 + 1
+
+
+def test_verification_notices_a_difference(flags, tmp_path):
+    from training.verify_resume import _compare, _outcome
+
+    run(flags("one"))
+    run(flags("other", seed=1))
+    found = _compare(_outcome(tmp_path / "one"), _outcome(tmp_path / "other"))
+    assert any(line.startswith("model: ") for line in found)
+    assert any(line.startswith("log, step 2: loss/loss") for line in found)
+    shutil.rmtree(tmp_path / "other")
+
+
+def test_a_trainer_can_be_built_without_training(flags):
+    state = Trainer(parse_config(flags(), "train.py"), ALONE).state
+    assert state.step == 0
+    assert set(state.modules()) == {"model", "ema"}
