@@ -25,12 +25,34 @@ class RoutingPlan:
         tokens_per_expert: (E,) int64, how many consecutive pairs belong to each expert.
         capacity: that count as a Python integer when it is the same for every expert, so that
             static-shape backends need no look at the device; None when counts vary.
+        sizes: the counts as Python integers, where the host knows them; None elsewhere.
+        pair_of_choice: (T * K,) where every one of T tokens has K pairs: the pair of its choice k
+            is number `pair_of_choice[t * K + k]`; None elsewhere.
     """
 
     token_index: Tensor
     gate: Tensor
     tokens_per_expert: Tensor
     capacity: int | None
+    sizes: list[int] | None = None
+    pair_of_choice: Tensor | None = None
+
+    def host_sizes(self) -> list[int]:
+        """Pairs of each expert as Python integers; looks at the device if it has to."""
+        if self.capacity is not None:
+            return [self.capacity] * len(self.tokens_per_expert)
+        return self.tokens_per_expert.tolist() if self.sizes is None else self.sizes
+
+    def part(self, experts: slice, pairs: slice) -> "RoutingPlan":
+        """The plan of some experts, whose pairs are these."""
+        sizes = None if self.sizes is None else self.sizes[experts]
+        return RoutingPlan(
+            self.token_index[pairs],
+            self.gate[pairs],
+            self.tokens_per_expert[experts],
+            self.capacity,
+            sizes,
+        )
 
     def expert_of_pair(self) -> Tensor:
         """(N,) the expert of each pair."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from core.types import RoutingPlan
 
+Bias = Tensor | None
 ALIGNMENT = 16
 """Bytes in whose multiples `grouped_mm` wants the rows of its operands."""
 
@@ -61,14 +62,19 @@ class Experts(nn.Module):
             self.b1.zero_()
             self.b2.zero_()
 
-    def forward(self, x: Tensor, plan: RoutingPlan) -> Tensor:
-        """Outputs (N, D) of the experts for their tokens `x` (N, D), sorted by expert."""
+    def forward(self, x: Tensor, plan: RoutingPlan, first: int = 0) -> Tensor:
+        """Outputs (N, D) of the experts for their tokens `x` (N, D), sorted by expert.
+
+        A plan of some experts only begins with number `first`.
+        """
+        some = slice(first, first + len(plan.tokens_per_expert))
+        weights = [None if w is None else w[some] for w in (self.w1, self.b1, self.w2, self.b2)]
         backend = self._backend(x, plan)
         if backend == "bmm":
-            return self._batched(x, plan.capacity)
+            return self._batched(x, plan.capacity, *weights)
         if backend == "grouped_mm":
-            return self._grouped(x, plan)
-        return self._loop(x, plan.tokens_per_expert)
+            return self._grouped(x, plan, *weights)
+        return self._loop(x, plan.host_sizes(), *weights)
 
     def _backend(self, x: Tensor, plan: RoutingPlan) -> str:
         """What computes this plan; `bmm` steps aside for `loop` where counts vary."""
@@ -78,38 +84,43 @@ class Experts(nn.Module):
             return "bmm"
         if self.backend == "bmm":
             return "loop"
-        fits = all(w * _dtype(x).itemsize % ALIGNMENT == 0 for w in self.w2.shape[1:])
+        fits = all(w * product_dtype(x).itemsize % ALIGNMENT == 0 for w in self.w2.shape[1:])
         # A compiled graph cannot wait for the counts. On CPUs the kernel is a loop, and a slow one.
-        wanted = x.is_cuda and _dtype(x) == torch.bfloat16
+        wanted = x.is_cuda and product_dtype(x) == torch.bfloat16
         return "grouped_mm" if fits and (wanted or torch.compiler.is_compiling()) else "loop"
 
-    def _batched(self, x: Tensor, capacity: int) -> Tensor:
+    def _batched(
+        self, x: Tensor, capacity: int, w1: Tensor, b1: Bias, w2: Tensor, b2: Bias
+    ) -> Tensor:
         """Equal counts: one batched product for all experts, no look at the device."""
-        E, D, _ = self.w1.shape
-        h = _product(x.view(E, capacity, D), self.w1, self.b1)  # (E, K, H or 2 H)
-        return _product(self._activate(h), self.w2, self.b2).view(E * capacity, D)
+        E, D, _ = w1.shape
+        h = _product(x.view(E, capacity, D), w1, b1)  # (E, K, H or 2 H)
+        return _product(self._activate(h), w2, b2).view(E * capacity, D)
 
-    def _loop(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    def _loop(
+        self, x: Tensor, sizes: list[int], w1: Tensor, b1: Bias, w2: Tensor, b2: Bias
+    ) -> Tensor:
         """Counts that vary, down to none: one expert after the other."""
         outputs = []
-        for e, rows in enumerate(x.split(tokens_per_expert.tolist())):
+        for e, rows in enumerate(x.split(sizes)):
             one = slice(e, e + 1)
-            b1, b2 = (None, None) if self.b1 is None else (self.b1[one], self.b2[one])
-            h = self._activate(_product(rows[None], self.w1[one], b1))
-            outputs.append(_product(h, self.w2[one], b2)[0])
+            h = self._activate(_product(rows[None], w1[one], None if b1 is None else b1[one]))
+            outputs.append(_product(h, w2[one], None if b2 is None else b2[one])[0])
         return torch.cat(outputs)
 
-    def _grouped(self, x: Tensor, plan: RoutingPlan) -> Tensor:
+    def _grouped(
+        self, x: Tensor, plan: RoutingPlan, w1: Tensor, b1: Bias, w2: Tensor, b2: Bias
+    ) -> Tensor:
         """Counts that vary, known to the device only."""
         offsets = plan.tokens_per_expert.cumsum(0).to(torch.int32)
-        dtype = _dtype(x)  # the kernel takes no notice of autocast on CPUs
+        dtype = product_dtype(x)  # the kernel takes no notice of autocast on CPUs
+        expert = None if b1 is None else plan.expert_of_pair()
 
-        def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        def product(x: Tensor, weight: Tensor, bias: Bias) -> Tensor:
             y = F.grouped_mm(x.to(dtype), weight.to(dtype), offs=offsets)
             return y if bias is None else y + bias.to(dtype).index_select(0, expert)
 
-        expert = None if self.b1 is None else plan.expert_of_pair()
-        return product(self._activate(product(x, self.w1, self.b1)), self.w2, self.b2)
+        return product(self._activate(product(x, w1, b1)), w2, b2)
 
     def _activate(self, h: Tensor) -> Tensor:
         if self.mlp == "gelu":
@@ -118,7 +129,7 @@ class Experts(nn.Module):
         return F.silu(gate) * up
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """In which matrix products of `x` are computed."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype

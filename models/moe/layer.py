@@ -2,11 +2,16 @@
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from core.types import RoutingRecord
-from models.moe.dispatch import combine, gather
-from models.moe.experts import Experts
+from core.types import RoutingPlan, RoutingRecord
+from models.moe.dispatch import chunks, combine, gather
+from models.moe.experts import Experts, product_dtype
+
+ROW_BUDGET = 4
+"""Pairs computed at once, in units of the tokens."""
 
 
 class MoEFeedForward(nn.Module):
@@ -24,12 +29,35 @@ class MoEFeedForward(nn.Module):
         self.experts = experts
         self.shared = shared
 
+    def _routed(self, tokens: Tensor, plan: RoutingPlan) -> Tensor:
+        """(T, D) float32 sum of the experts' outputs for `tokens` (T, D).
+
+        When all experts take most tokens (a capacity schedule's start, fresh thresholds), they
+        are computed a few at a time, and again in the backward pass: that costs time, not memory.
+        """
+        parts = chunks(plan, ROW_BUDGET * len(tokens))
+        if len(parts) == 1:
+            return combine(self.experts(gather(tokens, plan), plan), plan, len(tokens))
+        total = tokens.new_zeros(tokens.shape, dtype=torch.float32)
+        for experts, pairs in parts:
+            part = plan.part(experts, pairs)
+            if torch.is_grad_enabled():
+                total = total + checkpoint(
+                    self._chunk, tokens, part, experts.start, use_reentrant=False
+                )
+            else:
+                total += self._chunk(tokens, part, experts.start)
+        return total
+
+    def _chunk(self, tokens: Tensor, plan: RoutingPlan, first: int) -> Tensor:
+        outputs = self.experts(gather(tokens, plan), plan, first)
+        return combine(outputs, plan, len(tokens))
+
     def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord]:
         tokens = x.flatten(0, 1)  # (B * S, D)
         plan, record = self.router(x)
         record.plan = dataclasses.replace(plan, gate=plan.gate.detach())
-        outputs = self.experts(gather(tokens, plan), plan)  # (N, D)
-        y = combine(outputs, plan, len(tokens)).view_as(x)
+        y = self._routed(tokens, plan).to(product_dtype(x)).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)[0]
         return y, record

@@ -52,7 +52,15 @@ class TokenChoiceRouter(nn.Module):
         tokens_per_expert = chosen.scatter_add_(
             0, expert.flatten(), torch.ones_like(expert.flatten())
         )
-        plan = RoutingPlan(order // self.top_k, gate.flatten()[order], tokens_per_expert, None)
+        pair_of_choice = torch.empty_like(order)
+        pair_of_choice[order] = torch.arange(len(order), device=x.device)
+        plan = RoutingPlan(
+            order // self.top_k,
+            gate.flatten()[order],
+            tokens_per_expert,
+            capacity=None,
+            pair_of_choice=pair_of_choice,
+        )
         record = RoutingRecord(count_pairs(plan, B, S), S)
         if self.training and self.balance_loss_weight > 0:
             loss = balance_loss(scores, tokens_per_expert)
@@ -149,14 +157,17 @@ def top_tokens(scores: Tensor, k: int) -> RoutingPlan:
 
 def top_tokens_varying(scores: Tensor, counts: Tensor) -> RoutingPlan:
     """Each expert's best tokens of each pool, `counts` (G, E) many: scores (G, E, T)."""
-    _, _, T = scores.shape
-    gate, index = scores.sort(dim=-1, descending=True, stable=True)  # (G, E, T)
-    keep = torch.arange(T, device=scores.device) < counts[..., None]
-    # (G, E, T) -> (E, G, T) -> flat, so that pairs are sorted by expert.
+    T = scores.shape[-1]
+    per_pool = counts.tolist()  # the one look at the device
+    most, sizes = max(map(max, per_pool)), [sum(column) for column in zip(*per_pool, strict=True)]
+    gate, index = scores.topk(most, dim=-1)  # (G, E, most), the best first
+    keep = torch.arange(most, device=scores.device) < counts[..., None]
+    # (G, E, most) -> (E, G, most) -> flat, so that pairs are sorted by expert.
     keep = keep.transpose(0, 1).flatten()
-    kept = keep.nonzero().squeeze(1)  # the one look at the device
+    kept = torch.nonzero_static(keep, size=sum(sizes)).squeeze(1)
     token_index = _flat_index(index, T)[kept]
-    return RoutingPlan(token_index, gate.transpose(0, 1).flatten()[kept], counts.sum(0), None)
+    gate = gate.transpose(0, 1).flatten()[kept]
+    return RoutingPlan(token_index, gate, counts.sum(0), capacity=None, sizes=sizes)
 
 
 def _flat_index(index: Tensor, tokens_in_pool: int) -> Tensor:

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from config.schema import DiffMoEConfig, ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
+from core.types import RoutingPlan
 from models.build import FEED_FORWARDS
+from models.moe.dispatch import chunks
 
 B, S, D, E = 3, 16, 8, 4
 
@@ -172,3 +174,60 @@ def test_autocast_keeps_the_router_in_float32(layer):
     exact, exact_record = module(x)
     assert torch.equal(record.counts, exact_record.counts)
     torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("budget", [1, 2])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        TokenChoiceConfig(num_experts=E, top_k=3),
+        ExpertChoiceConfig(num_experts=E, capacity=4.0),
+        DiffMoEConfig(num_experts=E, capacity=3.5),
+    ],
+    ids=lambda layer: layer.name,
+)
+def test_a_few_experts_at_a_time_compute_the_same(layer, budget, training, monkeypatch):
+    """Thresholds of 0 let every expert take every token in evaluation."""
+    module, x = make(layer)
+    module.train(training)
+    found = []
+    for rows in (100, budget):
+        monkeypatch.setattr("models.moe.layer.ROW_BUDGET", rows)
+        calls = []
+        hook = module.experts.register_forward_hook(lambda *_, c=calls: c.append(1))
+        y, _ = module(x)
+        hook.remove()
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *module.experts.parameters()])])
+        assert len(calls) == 1 if rows == 100 else len(calls) > 1
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x)[0], found[0][0], rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_are_consecutive_and_within_the_budget():
+    plan = RoutingPlan(torch.arange(12), torch.ones(12), torch.tensor([3, 0, 5, 1, 3]), None)
+    parts = chunks(plan, 4)
+    assert [(e.start, e.stop) for e, _ in parts] == [(0, 2), (2, 3), (3, 5)]
+    assert [(p.start, p.stop) for _, p in parts] == [(0, 3), (3, 8), (8, 12)]
+    assert len(chunks(plan, 12)) == 1
+    assert plan.part(*parts[2]).tokens_per_expert.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "layer", [TokenChoiceConfig(num_experts=E, top_k=2), DiffMoEConfig(num_experts=E)]
+)
+def test_backends_of_whole_layers_agree(layer):
+    module, x = make(layer)
+    module, found = module.float(), []
+    x = x.detach().float().requires_grad_()
+    for backend in ("loop", "bmm", "grouped_mm", "auto"):
+        module.experts.backend = backend
+        y, record = module.train()(x)
+        loss = y.square().sum() + sum(record.losses.values())
+        module.eval()
+        found.append([y, *torch.autograd.grad(loss, [x, *module.parameters()]), module(x)[0]])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ import torch
 
 from config.load import parse_config
 from config.schema import Config, DiffMoEConfig, ExpertChoiceConfig, ModelConfig
+from core.distributed import Processes
 from core.errors import ConfigError
 from models.build import FEED_FORWARDS, build_model
 from training.router_state import begin_step, scheduled_capacity
@@ -97,7 +98,7 @@ def test_impossible_variants(flags, wanted):
 def test_starting_from_another_checkpoint(tmp_path):
     from core.errors import UserError
     from models.pretrained import load_pretrained
-    from training.checkpoint import initialise, save_checkpoint
+    from training.checkpoint import TrainingState, initialise, save_checkpoint
     from training.ema import EMA
     from training.optim import build_optimizer
 
@@ -119,7 +120,8 @@ def test_starting_from_another_checkpoint(tmp_path):
     facts = {"vae_path": "", "scaling_factor": 1, "shift_factor": 0, "latent_channels": 4}
     latents = facts | {"class_names": []}
     ema, optimizer = EMA(old, 0.9, False), build_optimizer(old, config.optim)
-    save_checkpoint(config, 1, old, ema, optimizer, latents)
+    state = TrainingState(config, old, {"ema": ema}, optimizer, latents, step=1)
+    save_checkpoint(state, Processes(0, 1, torch.device("cpu")))
     checkpoint = str(tmp_path / "old")
     assert load_pretrained(tmp_path / "old").config.model.num_classes == 5
 
