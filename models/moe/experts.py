@@ -67,8 +67,10 @@ class Experts(nn.Module):
 
         A plan of some experts only begins with number `first`.
         """
-        some = slice(first, first + len(plan.tokens_per_expert))
-        weights = [None if w is None else w[some] for w in (self.w1, self.b1, self.w2, self.b2)]
+        weights = [self.w1, self.b1, self.w2, self.b2]
+        count = len(plan.tokens_per_expert)
+        if count < len(self.w1):
+            weights = [None if w is None else w[first : first + count] for w in weights]
         backend = self._backend(x, plan)
         if backend == "bmm":
             return self._batched(x, plan.capacity, *weights)
@@ -101,11 +103,15 @@ class Experts(nn.Module):
         self, x: Tensor, sizes: list[int], w1: Tensor, b1: Bias, w2: Tensor, b2: Bias
     ) -> Tensor:
         """Counts that vary, down to none: one expert after the other."""
+        # Unbound at once: a slice for each expert would cost a gradient of full size each.
+        empty = [None] * len(sizes)
+        parts = [empty if w is None else w.unbind() for w in (w1, b1, w2, b2)]
         outputs = []
-        for e, rows in enumerate(x.split(sizes)):
-            one = slice(e, e + 1)
-            h = self._activate(_product(rows[None], w1[one], None if b1 is None else b1[one]))
-            outputs.append(_product(h, w2[one], None if b2 is None else b2[one])[0])
+        for rows, in_weight, in_bias, out_weight, out_bias in zip(
+            x.split(sizes), *parts, strict=True
+        ):
+            h = self._activate(_affine(rows, in_weight, in_bias))
+            outputs.append(_affine(h, out_weight, out_bias))
         return torch.cat(outputs)
 
     def _grouped(
@@ -140,3 +146,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return torch.bmm(x, weight)
     return torch.baddbmm(bias[:, None], x, weight)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Bias) -> Tensor:
+    """x (K, in) times weight (in, out) plus bias (out,)."""
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)

@@ -1,0 +1,168 @@
+"""python -m benchmarks.moe_layer [--device cpu|cuda] [--tokens 4096] [--num-experts 16] ...
+
+One feed-forward layer of each kind against the dense one of the same activated width: seconds of a
+training pass (forward and backward) and of inference as ratios, and memory for the backward pass.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import activation_memory, alternate, machine, report
+from benchmarks.pseudo_code import Algorithm3
+from config.schema import (
+    DenseConfig,
+    DiffMoEConfig,
+    ExpertChoiceConfig,
+    FeedForwardConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
+from models.build import FEED_FORWARDS
+from training.router_state import capacity_predictors
+
+SAMPLE = 256
+"""Tokens of one sample."""
+
+
+def layers(experts: int) -> dict[str, FeedForwardConfig]:
+    """The layers that are compared, by name."""
+    return {
+        "dense": DenseConfig(),
+        "token_choice": TokenChoiceConfig(num_experts=experts),
+        "expert_choice": ExpertChoiceConfig(num_experts=experts),
+        "diffmoe": DiffMoEConfig(num_experts=experts),
+    }
+
+
+def build(
+    layer: FeedForwardConfig, hidden_size: int, backend: str, device: torch.device
+) -> nn.Module:
+    """A layer alone, with thresholds that give C of about 1 in dynamic inference."""
+    torch.manual_seed(0)
+    config = ModelConfig(hidden_size=hidden_size, feed_forward=layer, expert_backend=backend)
+    return FEED_FORWARDS[layer.name](config).to(device)
+
+
+def settle(module: nn.Module, x: Tensor) -> None:
+    """Put the thresholds where C of dynamic inference on `x` is 1."""
+    for predictor in capacity_predictors(module):
+        with torch.no_grad():
+            scores = predictor(x.flatten(0, 1)).sigmoid()
+            k = len(scores) // scores.shape[1]
+            predictor.thresholds.copy_(scores.topk(k + 1, dim=0).values[-1])
+
+
+def training(module: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:
+    """A forward and backward pass, auxiliary losses included."""
+
+    def call() -> None:
+        module.train()
+        module.zero_grad(set_to_none=True)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            y, record = module(x)
+        extra = (
+            record if isinstance(record, Tensor) else sum(record.losses.values()) if record else 0
+        )
+        (y.float().mean() + extra).backward()
+
+    return call
+
+
+def inference(module: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:
+    """A forward pass in evaluation mode."""
+
+    @torch.no_grad()
+    def call() -> None:
+        module.eval()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            module(x)
+
+    return call
+
+
+def forward_only(module: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:
+    """What `activation_memory` looks at: the training pass without its backward half."""
+
+    def call() -> object:
+        module.train()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            return module(x)
+
+    return call
+
+
+def compare(flags: argparse.Namespace) -> list[dict]:
+    """A row for each layer: ratios to the dense one."""
+    device = torch.device(flags.device)
+    bf16 = flags.precision == "bf16"
+    D = flags.hidden_size
+    x = torch.randn(flags.tokens // SAMPLE, SAMPLE, D, device=device, requires_grad=True)
+    modules = {
+        name: build(layer, D, "auto", device) for name, layer in layers(flags.num_experts).items()
+    }
+    loops = {
+        f"{name}, loop": build(layer, D, "loop", device)
+        for name, layer in layers(flags.num_experts).items()
+        if name != "dense"
+    }
+    modules |= loops
+    modules["Algorithm 3 as printed"] = Algorithm3(D, flags.num_experts, 4 * D).to(device)
+    for module in modules.values():
+        settle(module, x)
+    if flags.compile:
+        for name in layers(flags.num_experts):
+            modules[name].compile()
+    train = alternate({n: training(m, x, bf16) for n, m in modules.items()}, flags.repeats, device)
+    infer = alternate({n: inference(m, x, bf16) for n, m in modules.items()}, flags.repeats, device)
+    memory = {n: activation_memory(forward_only(m, x, bf16), m, device) for n, m in modules.items()}
+    return [
+        {
+            "layer": name,
+            "train / dense": train[name] / train["dense"],
+            "infer / dense": infer[name] / infer["dense"],
+            "memory / dense": memory[name] / memory["dense"],
+            "ms train": 1000 * train[name],
+            "ms infer": 1000 * infer[name],
+        }
+        for name in modules
+    ]
+
+
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.moe_layer",
+        description=__doc__.split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    add("--compile", action="store_true", help="compile our layers (not the baselines)")
+    add("--hidden-size", type=int, default=384, help="D")
+    add("--num-experts", type=int, nargs="+", default=[16], help="E, one table for each")
+    add("--tokens", type=int, default=4096, help="in the batch, a multiple of 256")
+    add("--repeats", type=int, default=15, help="rounds through all layers")
+    add("--out", type=Path, help="JSON file; a number of experts is put into its name")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and report, for each number of experts."""
+    flags = parse_flags(argv)
+    counts = flags.num_experts
+    for flags.num_experts in counts:
+        settings = {k: str(v) for k, v in vars(flags).items()} | machine(torch.device(flags.device))
+        out = flags.out
+        if out is not None and len(counts) > 1:
+            out = out.with_stem(f"{out.stem}_E{flags.num_experts}")
+        title = f"{flags.num_experts} experts, {flags.tokens} tokens, D = {flags.hidden_size}"
+        report(title, compare(flags), settings, out)
+
+
+if __name__ == "__main__":
+    main()

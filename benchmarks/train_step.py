@@ -1,0 +1,134 @@
+"""python -m benchmarks.train_step --config config/dit_S_flow.yaml config/diffmoe_S_E16_flow.yaml
+
+The whole optimizer step of one process on random latents (forward, backward, clipping, optimizer,
+thresholds, averages) for each config, as ratios to the first one: time, images/s, memory, and MFU
+against a matrix product measured in the same run.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import alternate, machine, report
+from config.load import load_config
+from config.schema import Config
+from core.distributed import Processes
+from models.build import build_model
+from sampling.objectives import build_objective
+from training.ema import EMA
+from training.flops import matmul_rate, training_flops
+from training.optim import build_optimizer
+from training.parallel import prepare
+from training.step import TrainStep
+
+
+def settings_of(path: Path, flags: argparse.Namespace) -> Config:
+    """A config with the benchmark's batch and ways to compute."""
+    config = load_config(path)
+    train = dataclasses.replace(
+        config.train,
+        global_batch_size=flags.batch_size,
+        micro_batch_size=min(flags.batch_size, flags.micro_batch_size or flags.batch_size),
+        precision=flags.precision,
+        compile=flags.compile,
+    )
+    return dataclasses.replace(config, train=train)
+
+
+def stepper(config: Config, device: torch.device) -> Callable[[], object]:
+    """A call that takes one step of a freshly initialised model."""
+    torch.manual_seed(0)
+    model = build_model(config.model).to(device).train()
+    ema = EMA(model, config.optim.ema_decay, warmup=False)
+    optimizer = build_optimizer(model, config.optim)
+    processes = Processes(0, 1, device)
+    step = TrainStep(
+        prepare(model, config, processes),
+        model,
+        build_objective(config.objective),
+        optimizer,
+        config,
+        processes,
+    )
+    side, count = config.model.input_size, config.train.micro_batch_size
+    x = torch.randn(count, config.model.in_channels, side, side, device=device)
+    labels = torch.randint(config.model.num_classes, (count,), device=device)
+    numbers = itertools.count()
+
+    def call() -> None:
+        number = next(numbers)
+        result = step(itertools.repeat((x, labels)), number)
+        ema.update(model, number, result.finite)
+
+    return call
+
+
+def measure(path: Path, flags: argparse.Namespace, device: torch.device) -> dict:
+    """One config by itself, so that only its model is in memory."""
+    config = settings_of(path, flags)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    call = stepper(config, device)
+    call()  # the first step compiles and allocates
+    seconds = alternate({"step": call}, flags.repeats, device)["step"]
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rate = matmul_rate(device, torch.bfloat16 if flags.precision == "bf16" else torch.float32)
+    flops = training_flops(config.model) * flags.batch_size
+    return {
+        "seconds": seconds,
+        "img/s": flags.batch_size / seconds,
+        "GiB": memory / 2**30,
+        "GFLOP/img": flops / flags.batch_size / 1e9,
+        "MFU": flops / seconds / rate,
+    }
+
+
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.train_step",
+        description=__doc__.split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", type=Path, nargs="+", required=True, help="the first one is the baseline")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    add("--batch-size", type=int, default=32, help="images of a step")
+    add("--micro-batch-size", type=int, help="images of a forward pass; by default all")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
+    add("--compile", action="store_true", help="compile the blocks")
+    add("--repeats", type=int, default=7, help="steps of each config in each of two rounds")
+    add("--out", type=Path, help="JSON file")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure all configs forwards and backwards, and report the better round of each."""
+    flags = parse_flags(argv)
+    device = torch.device(flags.device)
+    found: dict[Path, dict] = {}
+    for path in [*flags.config, *reversed(flags.config)]:
+        row = measure(path, flags, device)
+        if path not in found or row["seconds"] < found[path]["seconds"]:
+            found[path] = row
+    first = found[flags.config[0]]["seconds"]
+    rows = [
+        {"config": path.stem, "step / first": row["seconds"] / first, **row}
+        for path, row in found.items()
+    ]
+    settings = {k: str(v) for k, v in vars(flags).items()} | machine(device)
+    title = f"batch {flags.batch_size}, {flags.precision}{', compiled' if flags.compile else ''}"
+    report(title, rows, settings, flags.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The benchmarks run and report what they say; nothing is asserted about speed."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import moe_layer, train_step
+from benchmarks.measure import activation_memory
+from benchmarks.pseudo_code import Algorithm3
+from config.schema import DiffMoEConfig
+from models.moe.capacity import CapacityPredictor
+from models.moe.experts import Experts
+from models.moe.layer import MoEFeedForward
+from models.moe.routers import ExpertChoiceRouter
+
+CPU = torch.device("cpu")
+
+
+def test_a_table_of_layers(tmp_path, capsys):
+    sizes = ["--hidden-size", "16", "--tokens", "512", "--repeats", "1", "--device", "cpu"]
+    moe_layer.main([*sizes, "--num-experts", "2", "4", "--out", str(tmp_path / "layer.json")])
+    printed = capsys.readouterr().out
+    for experts in (2, 4):
+        found = json.loads((tmp_path / f"layer_E{experts}.json").read_text())
+        rows = {row["layer"]: row for row in found["rows"]}
+        assert rows["dense"]["train / dense"] == rows["dense"]["memory / dense"] == 1
+        assert {"diffmoe", "diffmoe, loop", "Algorithm 3 as printed"} <= rows.keys()
+        assert all(row["ms train"] > 0 for row in rows.values())
+        assert found["settings"]["torch"] == torch.__version__
+        assert f"{experts} experts, 512 tokens" in printed
+
+
+def test_a_table_of_steps(tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        "model: {input_size: 4, hidden_size: 16, depth: 2, num_heads: 2, num_classes: 3, "
+        "feed_forward: {num_experts: 2}}\n"
+    )
+    argv = ["--batch-size", "4", "--micro-batch-size", "2", "--repeats", "1", "--device", "cpu"]
+    train_step.main([*argv, "--config", str(config), "--out", str(tmp_path / "step.json")])
+    (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert row["step / first"] == 1
+    assert row["img/s"] == pytest.approx(4 / row["seconds"])
+    assert "tiny" in capsys.readouterr().out
+
+
+def test_thresholds_settle_where_capacity_is_one():
+    module = moe_layer.build(DiffMoEConfig(num_experts=4), 16, "auto", CPU)
+    x = torch.randn(2, 64, 16)
+    moe_layer.settle(module, x)
+    with torch.no_grad():
+        _, record = module.eval()(x)
+    assert record.counts.sum().item() == 2 * 64
+
+
+def test_the_printed_algorithm_computes_what_our_layer_does():
+    torch.manual_seed(0)
+    printed = Algorithm3(8, 3, 32).train()
+    config = DiffMoEConfig(num_experts=3)
+    router = ExpertChoiceRouter(8, config, CapacityPredictor(8, 3, 0.95))
+    ours = MoEFeedForward(router, Experts(3, 8, 32)).train()
+    with torch.no_grad():
+        router.affinity.weight.copy_(printed.router.T)
+        router.predictor.mlp.load_state_dict(printed.capacity_predictor.state_dict())
+        for i, expert in enumerate(printed.experts):
+            ours.experts.w1[i], ours.experts.b1[i] = expert[0].weight.T, expert[0].bias
+            ours.experts.w2[i], ours.experts.b2[i] = expert[2].weight.T, expert[2].bias
+    x = torch.randn(2, 6, 8)
+    wanted, loss = printed(x)
+    found, record = ours(x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(record.losses["capacity"], loss)
+    router.predictor.update_thresholds(record.quantiles)
+    torch.testing.assert_close(router.predictor.thresholds, printed.threshold)
+
+
+def test_memory_counts_what_the_backward_pass_needs():
+    layer = torch.nn.Linear(10, 20)
+    x = torch.randn(6, 10, requires_grad=True)
+    saved = activation_memory(lambda: layer(x).square(), layer, CPU)
+    assert saved == 4 * (6 * 10 + 6 * 20)  # the inputs of the product and of the square
