@@ -1,18 +1,19 @@
 """torchrun --nproc_per_node=8 main_cache.py --data_path DIR --cached_path OUT
 
 Encode a folder of images into the cache of latents that train.py reads. Runs under torchrun or
-plain python, on GPUs or the CPU; the result does not depend on the number of processes. On the
-CPU each of them encodes on one thread, so start as many as there are cores.
+plain python, on GPUs or the CPU; the result does not depend on the number of processes. A run that
+was interrupted goes on where it stopped when it is started again. On the CPU each process encodes
+on one thread, so start as many as there are cores.
 """
 
 import argparse
 import os
 
 from core.distributed import processes
-from core.errors import command
+from core.errors import UserError, command
 from core.logging import quiet_other_processes
-from data.caching import CacheOptions, cache_latents
-from data.latents import DTYPES
+from data.caching import CacheOptions, cache_latents, verify_cache
+from data.manifest import DTYPES
 
 
 def parse() -> argparse.Namespace:
@@ -25,12 +26,7 @@ def parse() -> argparse.Namespace:
     def flag(name: str, **options) -> None:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)
 
-    flag(
-        "data_path",
-        required=True,
-        default=argparse.SUPPRESS,
-        help="image folder: DATA_PATH/<class>/<images>",
-    )
+    flag("data_path", help="image folder: DATA_PATH/<class>/<images>")
     flag("cached_path", required=True, default=argparse.SUPPRESS, help="folder to write")
     flag("img_size", type=positive, default=256, help="side of the cropped images, in pixels")
     flag(
@@ -46,7 +42,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if any"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a finished cache")
+    flag("on_error", choices=("stop", "skip"), default="stop", help="at an unreadable image")
+    flag(
+        "vae_dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the encoder; the difference that bfloat16 makes is printed",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew, whatever is there")
+    parser.add_argument("--verify", action="store_true", help="re-read a cache's checksums only")
     return parser.parse_args()
 
 
@@ -69,6 +73,11 @@ def main() -> None:
     """Parse the command line and write the cache."""
     arguments = vars(parse())
     device = arguments.pop("device")
+    if arguments.pop("verify"):
+        verify_cache(arguments["cached_path"])
+        return
+    if arguments["data_path"] is None:
+        raise UserError("--data_path: needed to write a cache, an image folder")
     options = CacheOptions(image_size=arguments.pop("img_size"), **arguments)
     with processes(device, cpu_threads=1) as group:
         quiet_other_processes(group)

@@ -112,7 +112,8 @@ class ModelConfig:
         head_dim: width of an attention head; by default hidden_size / num_heads.
         mlp: dense layers and experts are two layers with `gelu`, or a bias-free `swiglu`.
         mlp_ratio: hidden width of a feed-forward layer or expert, in units of hidden_size.
-        num_classes: labels are 0 ... num_classes - 1; the null class is num_classes.
+        num_classes: labels are 0 ... num_classes - 1; the null class is num_classes. 0 trains
+            without labels.
         label_dropout: probability of training a sample without its label, for guidance.
         learn_sigma: twice the output channels, for a learned variance; by default what the
             objective needs (ddpm: true, flow: false).
@@ -184,22 +185,35 @@ ObjectiveConfig = FlowConfig | DDPMConfig
 
 @dataclass
 class DataConfig:
-    """Training data: latents cached by main_cache.py.
+    """Training data.
 
     Attributes:
-        cached_path: folder that main_cache.py wrote.
-        val_cached_path: the same for held-out images, for validation losses.
+        source: `latents` reads what main_cache.py wrote, `npz` a published cache of one file for
+            each image, `images` encodes images while training.
+        cached_path: folder of latents, or a list of folders that are taken as one.
+        npz_contents: what the arrays of a published cache are; see data/published.py. The files
+            do not say it.
+        data_path: folder of images, for source `images`.
+        val_cached_path: folder that main_cache.py wrote of held-out images, for validation losses.
         vae_path: VAE that decodes samples, a hub id or a local folder.
         image_size: side of the images, in pixels; the cache must have been made with it.
         horizontal_flip: take the mirror image's latent half of the time.
+        order: `random` in the whole data set, or `shards`: shuffled files, and images shuffled
+            within a window of them, for disks that are slow at random places.
+        shuffle_window: files in that window.
         num_workers: loader processes for each training process.
     """
 
-    cached_path: str = "cache/imagenet256"
+    source: Literal["latents", "npz", "images"] = "latents"
+    cached_path: list[str] | str = "cache/imagenet256"
+    npz_contents: Literal["posterior", "scaled_posterior", "latent", "scaled_latent"] | None = None
+    data_path: str | None = None
     val_cached_path: str | None = None
     vae_path: str = "stabilityai/sd-vae-ft-mse"
     image_size: int = 256
     horizontal_flip: bool = True
+    order: Literal["random", "shards"] = "random"
+    shuffle_window: int = 8
     num_workers: int = 4
 
 

@@ -25,6 +25,7 @@ def validate(config: Config, world_size: int | None = 1) -> None:
         ConfigError: naming key, value and what is allowed.
     """
     _check_ranges(config)
+    _check_data(config)
     _check_model(config.model)
     _check_experts(config)
     _check_shared(config.model)
@@ -52,9 +53,10 @@ def _check_ranges(config: Config) -> None:
         "model.hidden_size": (model.hidden_size, 1),
         "model.depth": (model.depth, 1),
         "model.num_heads": (model.num_heads, 1),
-        "model.num_classes": (model.num_classes, 1),
+        "model.num_classes": (model.num_classes, 0),
         "model.moe_every": (model.moe_every, 1),
         "data.image_size": (data.image_size, 1),
+        "data.shuffle_window": (data.shuffle_window, 1),
         "data.num_workers": (data.num_workers, 0),
         "optim.lr": (optim.lr, 0),
         "optim.warmup_steps": (optim.warmup_steps, 0),
@@ -91,6 +93,30 @@ def _check_ranges(config: Config) -> None:
         f"train.val_every: {train.val_every} needs data.val_cached_path, held-out latents",
     )
     _require(model.mlp_ratio > 0, f"model.mlp_ratio: {model.mlp_ratio} must be above 0")
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    _require(data.cached_path != [], "data.cached_path: names no folder")
+    _require(
+        data.source != "npz" or data.npz_contents is not None,
+        "data.npz_contents: source npz needs it, since the files do not say what they hold: "
+        "posterior, scaled_posterior, latent or scaled_latent",
+    )
+    _require(
+        data.source != "images" or data.data_path is not None,
+        "data.data_path: source images needs it, a folder DATA_PATH/<class>/<images>",
+    )
+    _require(
+        data.source != "images" or data.order == "random",
+        "data.order: shards is for cached latents; source images has random only",
+    )
+    guided = config.model.num_classes == 0 and config.sampling.cfg_scale != 1
+    _require(
+        not guided,
+        f"sampling.cfg_scale: {config.sampling.cfg_scale} needs classes; with model.num_classes 0 "
+        "only 1 is allowed",
+    )
 
 
 def _check_model(model: ModelConfig) -> None:

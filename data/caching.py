@@ -2,53 +2,35 @@
 
 The unit of work is a shard: a fixed block of consecutive images. A process takes every n-th shard
 as a whole, and no batch crosses a shard's border, so the bytes do not depend on how many
-processes there are.
+processes there are. A shard that is done leaves a record beside it, and a run that was killed is
+taken up again at the first shard without one.
 """
 
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from core.distributed import Processes
 from core.errors import UserError
 from core.files import complete_file
-from core.logging import get_logger, progress
-from data.images import CROP_RULE, ImageFolder, load_image, to_float
-from data.latents import MANIFEST, Manifest, Shard, shard_names
+from core.logging import get_logger
+from data.encoding import CacheOptions, encode_shards, read_record
+from data.images import CROP_RULE, ImageFolder
+from data.latents import LatentCache
+from data.manifest import KINDS, MANIFEST, Manifest
 from data.vae import VAE
 
+PLAN = "unfinished.json"
+"""What an unfinished cache is made of: a run goes on only with the same."""
 
-@dataclass(frozen=True)
-class CacheOptions:
-    """What to cache and how.
+REPORT = "unreadable.txt"
+"""Images that were passed over, one line each, with the reason."""
 
-    Attributes:
-        data_path: image folder, one folder per class.
-        cached_path: folder to write.
-        vae_path: hub id or folder of the VAE.
-        image_size: side of the cropped images, in pixels.
-        batch_size: images per forward pass.
-        num_workers: processes that read images, for each encoding process.
-        dtype: of the stored moments, one of `data.latents.DTYPES`.
-        shard_size: images per pair of files.
-        overwrite: replace a finished cache.
-    """
-
-    data_path: str
-    cached_path: str
-    vae_path: str
-    image_size: int
-    batch_size: int
-    num_workers: int
-    dtype: str
-    shard_size: int
-    overwrite: bool
+log = get_logger("data.caching")
 
 
 def cache_latents(options: CacheOptions, processes: Processes) -> None:
@@ -64,131 +46,40 @@ def cache_latents(options: CacheOptions, processes: Processes) -> None:
     folder = ImageFolder(options.data_path)
     with processes.main_first():
         vae = VAE(options.vae_path, processes.device)
-        if options.image_size % vae.factor:
-            raise UserError(
-                f"img_size: {options.image_size} is not a multiple of the VAE's {vae.factor}"
-            )
-        if processes.is_main:
-            _prepare(out)
+    if options.image_size % vae.factor:
+        raise UserError(
+            f"img_size: {options.image_size} is not a multiple of the VAE's {vae.factor}"
+        )
+    manifest = _describe(options, vae, folder)
     shards = [
         range(first, min(first + options.shard_size, len(folder)))
         for first in range(0, len(folder), options.shard_size)
     ]
-    start = time.perf_counter()
-    _encode_shards(options, processes, vae, folder, shards)
-    processes.barrier()
+    refusal = None
     if processes.is_main:
-        seconds = time.perf_counter() - start
-        _describe(options, vae, folder, shards).write(out)
-        get_logger("data.caching").info(
+        refusal = _prepare(out, options, manifest, folder)
+    refusal = processes.from_main(refusal)
+    if refusal is not None:
+        raise UserError(refusal)
+    start = time.perf_counter()
+    encoded = encode_shards(options, processes, vae, folder, shards)
+    encoded = sum(processes.gather(encoded))
+    if processes.is_main:
+        manifest = _finish(out, manifest, len(shards))
+        rate = encoded / (time.perf_counter() - start)
+        log.info(
             "%s: %d images of %d classes in %d shards, %.1f images/s",
-            *(out, len(folder), len(folder.class_names), len(shards), len(folder) / seconds),
+            *(out, manifest.count, len(folder.class_names), len(manifest.shards), rate),
         )
+    processes.barrier()
 
 
-def _prepare(out: Path) -> None:
-    """Make the folder; what an older cache or an interrupted run left in it goes."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        # The manifest goes first: without it the rest is no cache.
-        (out / MANIFEST).unlink(missing_ok=True)
-        for pattern in ("moments-*.npy", "labels-*.npy", ".*.npy.tmp-*"):
-            for file in out.glob(pattern):
-                file.unlink()
-    except OSError as error:
-        raise UserError(f"cached_path: cannot write to {out}: {error}") from error
-
-
-class _Batches(Dataset):
-    """Batches of images; an unreadable one arrives as its error.
-
-    A worker's exception would reach the main process as a traceback in the message's place.
-    """
-
-    def __init__(self, folder: ImageFolder, size: int):
-        self.folder = folder
-        self.size = size
-
-    def __getitems__(self, indices: list[int]) -> Tensor | UserError:
-        """Images (B, 3, size, size) uint8, or what is wrong with one of them."""
-        try:
-            return torch.stack([load_image(self.folder.paths[i], self.size) for i in indices])
-        except UserError as error:
-            return error
-
-
-def _as_it_is(batch: Tensor | UserError) -> Tensor | UserError:
-    return batch
-
-
-def _encode_shards(
-    options: CacheOptions,
-    processes: Processes,
-    vae: VAE,
-    folder: ImageFolder,
-    shards: list[range],
-) -> None:
-    """Encode and write the shards of this process."""
-    numbers = range(processes.rank, len(shards), processes.world_size)
-    size = options.batch_size
-    batches = {
-        number: [
-            list(shards[number][first : first + size])
-            for first in range(0, len(shards[number]), size)
-        ]
-        for number in numbers
-    }
-    loader = DataLoader(
-        _Batches(folder, options.image_size),
-        batch_sampler=[batch for number in numbers for batch in batches[number]],
-        num_workers=options.num_workers,
-        collate_fn=_as_it_is,
-        pin_memory=processes.device.type == "cuda",
-    )
-    arriving = iter(loader)
-    total = sum(len(shards[number]) for number in numbers)
-    with progress(None, processes, "encoding", "img", total=total) as bar:
-        for number in numbers:
-            parts = []
-            for _ in batches[number]:
-                parts.append(_encode(vae, next(arriving), options.dtype))
-                bar.update(len(parts[-1]))
-            labels = folder.labels[shards[number].start : shards[number].stop]
-            _write_shard(Path(options.cached_path), number, np.concatenate(parts), labels)
-
-
-def _encode(vae: VAE, batch: Tensor | UserError, dtype: str) -> np.ndarray:
-    """Moments (B, 2, 2C, h, w) of images (B, 3, H, W) and their mirror images."""
-    if isinstance(batch, UserError):
-        raise batch
-    images = to_float(batch.to(vae.device, non_blocking=True))
-    views = [vae.encode_moments(images), vae.encode_moments(images.flip(-1))]
-    moments = torch.stack(views, dim=1).to(getattr(torch, dtype))
-    if not torch.isfinite(moments).all():
-        raise UserError(f"dtype: the VAE's moments do not fit {dtype}; try --dtype float32")
-    return moments.cpu().numpy()
-
-
-def _write_shard(out: Path, number: int, moments: np.ndarray, labels: np.ndarray) -> None:
-    for name, values in zip(shard_names(number), (moments, labels), strict=True):
-        with complete_file(out / name) as path, path.open("wb") as file:
-            np.save(file, values)
-
-
-def _describe(
-    options: CacheOptions, vae: VAE, folder: ImageFolder, shards: list[range]
-) -> Manifest:
-    """The manifest of the files that all processes have written."""
-    out = Path(options.cached_path)
+def _describe(options: CacheOptions, vae: VAE, folder: ImageFolder) -> Manifest:
+    """The manifest, still without its shards."""
     side = options.image_size // vae.factor
-
-    def files() -> Iterator[Shard]:
-        for number, block in enumerate(shards):
-            names = shard_names(number)
-            yield Shard(*names, len(block), *((out / name).stat().st_size for name in names))
-
     return Manifest(
         vae_path=vae.path,
+        vae_hash=vae.weights_hash(),
         scaling_factor=vae.scaling_factor,
         shift_factor=vae.shift_factor,
         image_size=options.image_size,
@@ -196,6 +87,94 @@ def _describe(
         latent_shape=(vae.latent_channels, side, side),
         dtype=options.dtype,
         class_names=folder.class_names,
-        count=len(folder),
-        shards=list(files()),
     )
+
+
+def _prepare(
+    out: Path, options: CacheOptions, manifest: Manifest, folder: ImageFolder
+) -> str | None:
+    """Make the folder, or see that what lies in it can be gone on with; why not, if not."""
+    names = "\n".join(os.path.relpath(path, options.data_path) for path in folder.paths)
+    # Not `on_error`: who stopped at a bad image goes on with `skip`.
+    plan = dataclasses.asdict(manifest) | {
+        "images": hashlib.sha256(os.fsencode(names)).hexdigest(),
+        "batch_size": options.batch_size,
+        "shard_size": options.shard_size,
+        "vae_dtype": options.vae_dtype,
+    }
+    plan = json.loads(json.dumps(plan))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if options.overwrite:
+            _clear(out)
+        found = json.loads((out / PLAN).read_text()) if (out / PLAN).exists() else None
+        if found is not None and found != plan:
+            keys = [key for key in plan if found.get(key) != plan[key]]
+            return (
+                f"cached_path: {out} holds an unfinished cache with another {', '.join(keys)}; "
+                "--overwrite starts anew"
+            )
+        if found is None:
+            _clear(out)
+        refusal = _room(out, manifest, len(folder))
+        if refusal is None:
+            with complete_file(out / PLAN) as temporary:
+                temporary.write_text(json.dumps(plan))
+        return refusal
+    except OSError as error:
+        return f"cached_path: cannot write to {out}: {error}"
+
+
+def _clear(out: Path) -> None:
+    """Remove a cache, or what an older run left of one."""
+    # The manifest goes first: without it the rest is no cache.
+    for name in (MANIFEST, PLAN, REPORT):
+        (out / name).unlink(missing_ok=True)
+    patterns = [f"{kind}-*.{suffix}" for kind, suffix in KINDS.items()]
+    for pattern in (*patterns, "done-*.json", ".*.tmp"):
+        for file in out.glob(pattern):
+            file.unlink()
+
+
+def _room(out: Path, manifest: Manifest, images: int) -> str | None:
+    """Say how large the cache will be; why not, if the disk has no room for what is missing."""
+    size = manifest.bytes_of(images)
+    there = sum(file.stat().st_size for file in out.glob("moments-*.npy"))
+    free = shutil.disk_usage(out).free
+    log.info("%s: %d images, %.2f GiB", out, images, size / 2**30)
+    if size - there > free:
+        return (
+            f"cached_path: {out} needs {(size - there) / 2**30:.2f} GiB more, its disk has "
+            f"{free / 2**30:.2f} GiB left"
+        )
+    return None
+
+
+def _finish(out: Path, manifest: Manifest, shards: int) -> Manifest:
+    """Put the shards' records together; the manifest makes it a cache."""
+    records = [read_record(out, number) for number in range(shards)]
+    unreadable = [line for _, lines in records for line in lines]
+    if unreadable:
+        with complete_file(out / REPORT) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in unreadable), encoding="utf-8")
+        log.warning("%d unreadable images were passed over: %s", len(unreadable), out / REPORT)
+    filled = [shard for shard, _ in records if shard.count > 0]
+    if not filled:
+        raise UserError(f"data_path: none of the images is readable; see {out / REPORT}")
+    count = sum(shard.count for shard in filled)
+    manifest = dataclasses.replace(manifest, shards=filled, count=count)
+    manifest.write(out)
+    for path in (out / PLAN, *out.glob("done-*.json")):
+        path.unlink()
+    return manifest
+
+
+def verify_cache(path: str) -> None:
+    """Read a cache again and compare it with its checksums.
+
+    Raises:
+        UserError: naming the first file that is missing or changed.
+    """
+    cache = LatentCache(path)
+    cache.verify()
+    log.info("%s: %d images, every checksum holds", path, len(cache))

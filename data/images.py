@@ -16,6 +16,8 @@ SUFFIXES = (
     *(".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp"),
 )
 
+NO_CLASSES = "all"
+
 CROP_RULE = "adm-center"
 """Name of `center_crop` in a cache's manifest."""
 
@@ -24,7 +26,12 @@ class ImageFolder:
     """The images under `root/<class>/`, at any depth, in a fixed order.
 
     Classes are sorted by name and numbered in that order; the images of a class are sorted by
-    path. Hidden files and folders are passed over.
+    path. Hidden files and folders are passed over. A folder of images without class folders is one
+    class named NO_CLASSES, for models without labels.
+
+    Args:
+        root: the folder.
+        suffixes: of the files that are taken.
 
     Attributes:
         class_names: name of each label.
@@ -32,28 +39,30 @@ class ImageFolder:
         labels: (N,) int64, label of each image.
 
     Raises:
-        UserError: no such folder, no class folders in it, or a class without an image.
+        UserError: no such folder, nothing in it, or a class without an image.
     """
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, suffixes: tuple[str, ...] = SUFFIXES):
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"image folder: {root} is not a folder")
         self.class_names = sorted(
             entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
         )
-        if not self.class_names:
-            raise UserError(
-                f"image folder: {root} has no class folders; expected {root}/<class>/<images>"
-            )
+        folders = [root / name for name in self.class_names]
+        if not folders:
+            self.class_names, folders = [NO_CLASSES], [root]
         self.paths: list[str] = []
         counts = []
-        for name in self.class_names:
-            found = _images_below(root / name)
+        for folder in folders:
+            found = _files_below(folder, suffixes)
+            if not found and folder == root:
+                raise UserError(
+                    f"image folder: {root} has no class folders; expected {root}/<class>/<images>"
+                )
             if not found:
                 raise UserError(
-                    f"image folder: class folder {root / name} has no images "
-                    f"({', '.join(SUFFIXES)})"
+                    f"image folder: class folder {folder} has no images ({', '.join(suffixes)})"
                 )
             self.paths += found
             counts.append(len(found))
@@ -63,14 +72,14 @@ class ImageFolder:
         return len(self.paths)
 
 
-def _images_below(folder: Path) -> list[str]:
+def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         found += [
             os.path.join(parent, name)
             for name in files
-            if name[0] != "." and os.path.splitext(name)[1].lower() in SUFFIXES
+            if name[0] != "." and os.path.splitext(name)[1].lower() in suffixes
         ]
     return sorted(found)
 

@@ -1,129 +1,67 @@
-"""The cache of VAE latents: its contract, the reader, and the dataset that draws from it.
-
-A cache is a folder with `manifest.json` and numbered pairs of .npy files:
-
-    moments-00000.npy   (n, 2, 2C, h, w) float16 or float32
-    labels-00000.npy    (n,) int64
-
-The second axis holds the two views of an image, as it is and mirrored (encoded from the mirrored
-image); 2C are the C channels of the posterior's mean, then the C of its log-variance, neither
-shifted nor scaled. The manifest is written last: a folder without it is not a cache.
-`data.caching` writes, this file reads.
+"""Reading caches of VAE latents: whole batches of moments in one call, checked at first read.
 
 Shapes: B batch, C latent channels, h and w height and width of the latent.
 """
 
-import json
+import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from config.schema import DataConfig, ModelConfig
 from core.errors import UserError
-from core.files import complete_file
-from core.rng import generator
-
-VERSION = 1
-VIEWS = 2
-DTYPES = ("float16", "float32")
-MANIFEST = "manifest.json"
-MAX_OPEN_SHARDS = 256
-"""Every mapped file holds a file descriptor, and 1024 of them is a usual limit."""
+from data.manifest import KINDS, VIEWS, read_manifest, shard_path, stored_dtype
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A pair of files: `count` images, sizes in bytes."""
-
-    moments: str
-    labels: str
-    count: int
-    moments_bytes: int
-    labels_bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What the numbers of a cache are.
+class Moments(Protocol):
+    """Posterior moments of numbered images: a cache, several of them, or published files.
 
     Attributes:
-        vae_path: hub id or folder of the VAE.
+        path: where they are, for messages.
+        vae_path: hub id or folder of the VAE that made them.
+        vae_hash: of its weights; None where nobody wrote it down.
         scaling_factor: a model sees (z - shift_factor) * scaling_factor.
         shift_factor: see there.
-        image_size: side of the cropped images, in pixels.
-        crop: name of the crop rule.
-        latent_shape: [C, h, w].
-        dtype: of the moments, one of DTYPES.
+        image_size: side of the images in pixels; None where nobody wrote it down.
+        latent_shape: (C, h, w).
         class_names: name of each label.
-        count: images.
-        shards: files, in the order of the images.
-        version: of this contract.
+        shards: (first, last + 1) of images that lie together, for reading in that order.
     """
 
+    path: str
     vae_path: str
+    vae_hash: str | None
     scaling_factor: float
     shift_factor: float
-    image_size: int
-    crop: str
+    image_size: int | None
     latent_shape: tuple[int, int, int]
-    dtype: str
     class_names: list[str]
-    count: int = 0
-    shards: list[Shard] = field(default_factory=list)
-    version: int = VERSION
+    shards: list[tuple[int, int]]
 
-    def write(self, folder: Path) -> None:
-        """Write manifest.json, which turns `folder` into a cache."""
-        with complete_file(folder / MANIFEST) as path:
-            path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+    def __len__(self) -> int: ...
 
+    def moments(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        """Posterior moments (B, 2C, h, w) of images `indices`, each in view 0 or 1 (mirrored)."""
+        ...
 
-def shard_names(number: int) -> tuple[str, str]:
-    """File names of the moments and of the labels of one shard."""
-    return f"moments-{number:05d}.npy", f"labels-{number:05d}.npy"
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished cache.
-
-    Raises:
-        UserError: there is none, it is damaged, or of another version.
-    """
-    path = folder / MANIFEST
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"cached_path: {folder} is not a finished cache ({MANIFEST} is missing); "
-            "make it with main_cache.py"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cached_path: cannot read {path}: {error}") from error
-    version = values.get("version") if isinstance(values, dict) else None
-    if version != VERSION:
-        raise UserError(
-            f"cached_path: {path} has version {version!r}, this code reads {VERSION}; "
-            "make the cache again with main_cache.py"
-        )
-    try:
-        shards = [Shard(**shard) for shard in values.pop("shards")]
-        return Manifest(**values, shards=shards)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"cached_path: {path} is damaged: {error}") from error
+    def labels(self, indices: Sequence[int]) -> Tensor:
+        """Labels (B,) int64 of images `indices`."""
+        ...
 
 
 class LatentCache:
-    """Reader of a cache; moments stay on disk, memory-mapped.
+    """Reader of a cache; the files stay on disk, mapped into memory.
 
-    Copies that travel to other processes open the files for themselves.
+    Nothing is loaded but what is asked for, and the pages that hold it belong to the system, which
+    takes them back when it needs them. Every row is compared with its checksum when it is read for
+    the first time. Copies that travel to other processes map the files for themselves.
 
     Args:
-        path: the cache's folder.
+        path: the cache's folder; it may be read-only.
 
     Attributes:
         manifest: what the numbers are.
@@ -133,152 +71,205 @@ class LatentCache:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        for shard in self.manifest.shards:
-            self._check_size(shard.moments, shard.moments_bytes)
-            self._check_size(shard.labels, shard.labels_bytes)
-        self._ends = np.cumsum([shard.count for shard in self.manifest.shards])
-        self._labels: Tensor | None = None
-        self._maps: dict[int, np.ndarray] = {}
-
-    def _check_size(self, name: str, expected: int) -> None:
-        file = self.path / name
-        if not file.is_file():
-            raise UserError(f"cached_path: {file} is missing; make the cache again")
-        size = file.stat().st_size
-        if size != expected:
-            raise UserError(
-                f"cached_path: {file} has {size} bytes, the manifest says {expected}; "
-                "make the cache again"
-            )
+        self.folder = Path(path)
+        self.path = str(path)
+        self.manifest = manifest = read_manifest(self.folder)
+        for shard in manifest.shards:
+            shard.check(self.folder)
+        self.vae_path, self.vae_hash = manifest.vae_path, manifest.vae_hash
+        self.scaling_factor = manifest.scaling_factor
+        self.shift_factor = manifest.shift_factor
+        self.image_size = manifest.image_size
+        self.latent_shape = tuple(manifest.latent_shape)
+        self.class_names = manifest.class_names
+        self._ends = np.cumsum([shard.count for shard in manifest.shards])
+        self._open: dict[int, _OpenShard] = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_maps": {}, "_labels": None}
+        return self.__dict__ | {"_open": {}}
 
     def __len__(self) -> int:
         return self.manifest.count
 
     @property
-    def num_classes(self) -> int:
-        """Labels are 0 ... num_classes - 1."""
-        return len(self.manifest.class_names)
+    def shards(self) -> list[tuple[int, int]]:
+        """(first, last + 1) of each shard's images."""
+        counts = (shard.count for shard in self.manifest.shards)
+        return [(int(end) - n, int(end)) for end, n in zip(self._ends, counts, strict=True)]
 
-    @property
-    def class_names(self) -> list[str]:
-        """Name of each label."""
-        return self.manifest.class_names
+    def verify(self) -> None:
+        """Read every byte and compare with the checksums.
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        return tuple(self.manifest.latent_shape)
-
-    @property
-    def image_size(self) -> int:
-        """Side of the cached images, in pixels."""
-        return self.manifest.image_size
-
-    @property
-    def scaling_factor(self) -> float:
-        """Of the VAE that made the cache."""
-        return self.manifest.scaling_factor
-
-    @property
-    def shift_factor(self) -> float:
-        """Of the VAE that made the cache."""
-        return self.manifest.shift_factor
-
-    @property
-    def vae_path(self) -> str:
-        """Hub id or folder of the VAE that made the cache."""
-        return self.manifest.vae_path
+        Raises:
+            UserError: naming the first file that changed.
+        """
+        for shard in tqdm(self.manifest.shards, desc="verifying", unit="shard"):
+            for kind in KINDS:
+                shard.check_contents(self.folder, kind)
 
     def moments(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
-        """Posterior moments (B, 2C, h, w) float32 of images `indices`, each in view 0 or 1."""
-        channels, height, width = self.latent_shape
-        out = np.empty((len(indices), 2 * channels, height, width), dtype=np.float32)
-        shards = np.searchsorted(self._ends, indices, side="right")
-        for row, (shard, index, view) in enumerate(zip(shards, indices, views, strict=True)):
-            first = self._ends[shard] - self.manifest.shards[shard].count
-            out[row] = self._map(int(shard))[index - first, view]
-        return torch.from_numpy(out)
+        """Posterior moments (B, 2C, h, w), in the dtype of the cache, of `indices` in `views`.
 
-    def _map(self, shard: int) -> np.ndarray:
-        if shard not in self._maps:
-            if len(self._maps) >= MAX_OPEN_SHARDS:
-                self._maps.clear()
-            name = self.path / self.manifest.shards[shard].moments
-            self._maps[shard] = np.load(name, mmap_mode="r")
-        return self._maps[shard]
+        Raises:
+            UserError: naming a file whose bytes are not what was written.
+        """
+        index, view = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
+        channels, height, width = self.latent_shape
+        dtype = getattr(torch, self.manifest.dtype)
+        out = torch.empty((len(index), 2 * channels * height * width), dtype=dtype)
+        for number, rows, inside in self._by_shard(index):
+            place = inside * VIEWS + view[rows]
+            shard = self._shard(number)
+            found = shard.moments.index_select(0, torch.from_numpy(place))
+            shard.check(found, place)
+            out[torch.from_numpy(rows)] = found
+        return out.view(-1, 2 * channels, height, width)
 
     def labels(self, indices: Sequence[int]) -> Tensor:
         """Labels (B,) int64 of images `indices`."""
-        if self._labels is None:
-            parts = [np.load(self.path / shard.labels) for shard in self.manifest.shards]
-            self._labels = torch.from_numpy(np.concatenate(parts))
-        return self._labels[torch.as_tensor(indices, dtype=torch.int64)]
+        index = np.asarray(indices, dtype=np.int64)
+        out = np.empty(len(index), dtype=np.int64)
+        for number, rows, inside in self._by_shard(index):
+            out[rows] = self._shard(number).labels[inside]
+        return torch.from_numpy(out)
+
+    def _by_shard(self, index: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(shard, places in `index`, places in the shard) for every shard that is touched."""
+        shards = np.searchsorted(self._ends, index, side="right")
+        order = np.argsort(shards, kind="stable")
+        numbers, starts = np.unique(shards[order], return_index=True)
+        groups = np.split(order, starts[1:]) if len(numbers) else []
+        firsts = self._ends[numbers] - [self.manifest.shards[n].count for n in numbers]
+        return [
+            (int(number), rows, index[rows] - first)
+            for number, rows, first in zip(numbers, groups, firsts, strict=True)
+        ]
+
+    def _shard(self, number: int) -> "_OpenShard":
+        if number not in self._open:
+            self._open[number] = _OpenShard(self, number)
+        return self._open[number]
 
 
-class LatentDataset(Dataset):
-    """Latents as the model sees them, drawn anew from the posterior in every epoch.
+class _OpenShard:
+    """The mapped files of one shard.
 
-    An item is requested as a pair (epoch, index). Which view it takes and its posterior noise
-    are functions of (seed, epoch, index) alone.
-
-    Args:
-        cache: where the moments are.
-        seed: of the draws.
-        horizontal_flip: take the mirror image's latent with probability one half.
+    Attributes:
+        moments: (2n, 2C h w), the views of an image one after the other.
+        labels: (n,).
     """
 
-    def __init__(self, cache: LatentCache, seed: int, horizontal_flip: bool = True):
-        self.cache = cache
-        self.seed = seed
-        self.horizontal_flip = horizontal_flip
+    def __init__(self, cache: LatentCache, position: int):
+        manifest, folder = cache.manifest, cache.folder
+        shard, dtype = manifest.shards[position], stored_dtype(manifest.dtype)
+        channels, height, width = cache.latent_shape
+        for kind in ("labels", "checks"):
+            shard.check_contents(folder, kind)
+        self.path = shard_path(folder, "moments", shard.number)
+        shape = (shard.count, VIEWS, 2 * channels, height, width)
+        mapped = _mapped(self.path, shape, dtype).view(getattr(torch, manifest.dtype))
+        self.moments = mapped.view(VIEWS * shard.count, -1)
+        labels, checks = (shard_path(folder, kind, shard.number) for kind in ("labels", "checks"))
+        self.labels = _mapped(labels, (shard.count,), np.dtype(np.int64)).numpy()
+        self.checks = _mapped(checks, (shard.count, VIEWS), np.dtype(np.uint32)).numpy().ravel()
+        self.checked = np.zeros(VIEWS * shard.count, dtype=bool)
 
-    def __len__(self) -> int:
-        return len(self.cache)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """One latent (C, h, w) and its label, a scalar."""
-        latents, labels = self.__getitems__([item])
-        return latents[0], labels[0]
-
-    def __getitems__(self, items: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Latents (B, C, h, w) float32 and labels (B,) int64; PyTorch's batched fetch.
-
-        A loader needs a `collate_fn` that returns this as it is.
-        """
-        views, noise = [], []
-        for epoch, index in items:
-            draws = generator(self.seed, "latents", epoch, index)
-            # Drawn even when unused, so that the switch leaves the posterior noise alone.
-            mirrored = bool(torch.rand((), generator=draws) < 0.5)
-            views.append(int(mirrored and self.horizontal_flip))
-            noise.append(torch.randn(self.cache.latent_shape, generator=draws))
-        indices = [index for _, index in items]
-        mean, logvar = self.cache.moments(indices, views).chunk(2, dim=1)
-        sample = mean + torch.exp(0.5 * logvar) * torch.stack(noise)
-        latents = (sample - self.cache.shift_factor) * self.cache.scaling_factor
-        return latents, self.cache.labels(indices)
+    def check(self, rows: Tensor, places: np.ndarray) -> None:
+        """Compare `rows`, read from `places`, with their checksums unless that was done before."""
+        new = np.flatnonzero(~self.checked[places])
+        if len(new) == 0:
+            return
+        values = rows.view(torch.uint8).numpy()
+        for row in new:
+            place = places[row]
+            if zlib.crc32(values[row]) != self.checks[place]:
+                raise UserError(
+                    f"cached_path: {self.path} changed since it was written, at image "
+                    f"{place // VIEWS} of it; make the cache again"
+                )
+        self.checked[places] = True
 
 
-def check_cache(cache: LatentCache, data: DataConfig, model: ModelConfig) -> None:
-    """Refuse a cache that is not the one this run is configured for.
+def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+    """A .npy file as a tensor that stays on disk and holds no file descriptor open.
 
     Raises:
-        UserError: image size, latent shape or number of classes differ.
+        UserError: the file cannot be read, or its header is not of this shape and dtype.
     """
-    wanted = (model.in_channels, model.input_size, model.input_size)
-    pairs = [
-        ("data.image_size", data.image_size, cache.image_size),
-        ("model.in_channels and input_size", wanted, cache.latent_shape),
-        ("model.num_classes", model.num_classes, cache.num_classes),
-    ]
-    for name, configured, cached in pairs:
-        if configured != cached:
-            raise UserError(
-                f"{name}: {configured} is configured, but the cache {cache.path} has {cached}; "
-                "change the config or data.cached_path"
-            )
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                raise ValueError(f"version {version} of .npy")
+            header = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+        if header != (shape, False, dtype):
+            raise ValueError(f"holds {header[2]} {header[0]}, not {dtype} {shape}")
+        raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cached_path: cannot read {path}: {error}") from error
+    return raw[start:].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
+
+
+class JoinedCaches:
+    """Several caches of the same kind, one after the other, as one.
+
+    Args:
+        parts: at least one.
+
+    Raises:
+        UserError: when VAE, scale, sizes or classes of two parts differ.
+    """
+
+    SAME = (
+        *("vae_hash", "scaling_factor", "shift_factor", "image_size"),
+        *("latent_shape", "class_names"),
+    )
+
+    def __init__(self, parts: Sequence[Moments]):
+        first, *others = parts
+        for other in others:
+            for name in self.SAME:
+                if getattr(first, name) != getattr(other, name):
+                    raise UserError(
+                        f"cached_path: {first.path} and {other.path} cannot be joined, their "
+                        f"{name} differ: {getattr(first, name)} and {getattr(other, name)}"
+                    )
+        self.parts = list(parts)
+        self.path = ", ".join(part.path for part in parts)
+        self.vae_path = first.vae_path
+        for name in self.SAME:
+            setattr(self, name, getattr(first, name))
+        self._ends = np.cumsum([len(part) for part in parts])
+        starts = self._ends - [len(part) for part in parts]
+        self.shards = [
+            (int(start) + low, int(start) + high)
+            for start, part in zip(starts, parts, strict=True)
+            for low, high in part.shards
+        ]
+        self._starts = starts
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def moments(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        """Moments (B, 2C, h, w) float32 of images `indices` in `views`."""
+        index, view = np.asarray(indices), np.asarray(views)
+        channels, height, width = self.latent_shape
+        out = torch.empty((len(index), 2 * channels, height, width))
+        for part, rows, inside in self._by_part(index):
+            out[torch.from_numpy(rows)] = part.moments(inside, view[rows]).float()
+        return out
+
+    def labels(self, indices: Sequence[int]) -> Tensor:
+        """Labels (B,) int64 of images `indices`."""
+        index = np.asarray(indices)
+        out = torch.empty(len(index), dtype=torch.int64)
+        for part, rows, inside in self._by_part(index):
+            out[torch.from_numpy(rows)] = part.labels(inside)
+        return out
+
+    def _by_part(self, index: np.ndarray) -> list[tuple[Moments, np.ndarray, np.ndarray]]:
+        numbers = np.searchsorted(self._ends, index, side="right")
+        found = ((n, np.flatnonzero(numbers == n)) for n in np.unique(numbers))
+        return [(self.parts[n], rows, index[rows] - self._starts[n]) for n, rows in found]

@@ -1,39 +1,44 @@
 """Batches of latents for one training process."""
 
-from torch import Tensor
+from collections.abc import Iterator
+
 from torch.utils.data import DataLoader
 
 from config.schema import Config
 from core.distributed import Processes
-from data.latents import LatentDataset
-from data.sampler import MicroBatches
+from data.dataset import Batch, TrainingData
+from data.sampler import MicroBatches, Shuffled, ShuffledShards
 
 
-def training_loader(
-    dataset: LatentDataset, config: Config, processes: Processes, first_step: int
-) -> DataLoader:
+def training_batches(
+    data: TrainingData, config: Config, processes: Processes, first_step: int
+) -> Iterator[Batch]:
     """Micro-batches (latents (B, C, H, W), labels (B,)) from `first_step` to the last step."""
-    order = MicroBatches(
-        len(dataset),
+    if config.data.order == "shards":
+        order = ShuffledShards(data.source.shards, config.data.shuffle_window, config.seed)
+    else:
+        order = Shuffled(len(data), config.seed)
+    micro_batches = MicroBatches(
+        order,
         config.train.global_batch_size,
         config.train.micro_batch_size,
         processes.rank,
         processes.world_size,
-        config.seed,
         range(first_step, config.train.max_steps),
     )
     workers = config.data.num_workers
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
+    loader = DataLoader(
+        data,
+        batch_sampler=micro_batches,
         collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0,
         timeout=config.train.timeout if workers > 0 else 0,
         pin_memory=processes.device.type == "cuda",
     )
+    return map(data.finish, loader)
 
 
-def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_it_is(batch: object) -> object:
     """The data set gathers whole batches itself."""
     return batch

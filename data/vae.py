@@ -3,6 +3,7 @@
 Shapes: B batch, C latent channels, H and W of the image, h = H / factor and w = W / factor.
 """
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,6 +50,14 @@ class VAE:
         self.shift_factor = float(model.config.shift_factor or 0.0)
         self.latent_channels = int(model.config.latent_channels)
         self.factor = 2 ** (len(model.config.block_out_channels) - 1)
+
+    def weights_hash(self) -> str:
+        """SHA-256 over names and values of all weights: the same for any file that holds them."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def load_pretrained(path: Path, weights: str = "ema") -> Pretrained:
         UserError: when there is no checkpoint, a file is damaged, or weights and config differ.
     """
     folder = find_checkpoint(path)
-    check_seal(folder)
+    check_seal(folder, (CONFIG_FILE, STATE_FILE, weights_path(folder, weights).name))
     config = load_config(folder / CONFIG_FILE)
     model = build_model(config.model)
     if not weights_path(folder, weights).exists():

@@ -1,11 +1,12 @@
 """Checkpoint folders whose damage is noticed: a manifest holds the size and hash of every file."""
 
-import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from core.errors import UserError
+from core.files import file_hash
 
 MANIFEST_FILE = "manifest.json"
 STEP_NAME = re.compile(r"step_\d+")
@@ -26,8 +27,12 @@ def seal(folder: Path) -> None:
     (folder / MANIFEST_FILE).write_text(json.dumps(entries, indent=2))
 
 
-def check_seal(folder: Path) -> None:
-    """Compare every file with the manifest.
+def check_seal(folder: Path, only: Iterable[str] | None = None) -> None:
+    """Compare files with the manifest.
+
+    Args:
+        folder: of a checkpoint.
+        only: names of files, or of folders of shards; by default everything.
 
     Raises:
         DamagedError: naming the first file that is missing, truncated or changed.
@@ -35,7 +40,8 @@ def check_seal(folder: Path) -> None:
     try:
         entries = json.loads((folder / MANIFEST_FILE).read_text())
         for name, entry in entries.items():
-            _check(folder / name, entry["bytes"], entry["sha256"])
+            if only is None or Path(name).parts[0] in only:
+                _check(folder / name, entry["bytes"], entry["sha256"])
     except DamagedError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -49,12 +55,6 @@ def _check(path: Path, size: int, digest: str) -> None:
         raise DamagedError(f"{path}: {path.stat().st_size} bytes, {size} were written")
     if file_hash(path) != digest:
         raise DamagedError(f"{path}: changed since it was written")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -24,7 +24,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="checkpoint folder, or a run: its newest")
     add("--protocol", help=f"settings of a published evaluation: {', '.join(known_protocols())}")
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or live")
+    add("--weights", default="ema", help="averaged `ema` (default), `ema_<decay>`, live `model`")
     add("--image-size", type=int, help="checked against the checkpoint where given")
     add("--num-classes", type=int, help="checked against the checkpoint where given")
     add("--num-fid-samples", type=_positive, help="images to make; default 50000")

@@ -11,9 +11,11 @@ Labels = Callable[[int], int]
 
 
 def random_labels(num_classes: int, seed: int, num_samples: int | None = None) -> Labels:
-    """Uniform, a function of (seed, index) alone."""
+    """Uniform, a function of (seed, index) alone; 0 for a model without classes."""
 
     def label(index: int) -> int:
+        if num_classes == 0:
+            return 0
         draw = generator(seed, "sample label", index)
         return int(torch.randint(num_classes, (), generator=draw))
 
@@ -26,7 +28,8 @@ def balanced_labels(num_classes: int, seed: int, num_samples: int) -> Labels:
     Shuffled, since scores by parts of a set, as the inception score is, suffer from sorted ones.
     Indices beyond the set, which fill its last block, get uniform classes.
     """
-    order = torch.randperm(num_samples, generator=generator(seed, "label order")) % num_classes
+    order = torch.randperm(num_samples, generator=generator(seed, "label order"))
+    order %= max(num_classes, 1)
     beyond = random_labels(num_classes, seed)
     return lambda index: int(order[index]) if index < num_samples else beyond(index)
 

@@ -14,8 +14,8 @@ from core.errors import UserError
 from core.files import complete_file, complete_folder
 from core.logging import get_logger, quiet_other_processes
 from core.rng import derive_seed
-from data.latents import LatentCache, LatentDataset, check_cache
-from data.loader import training_loader
+from data.loader import training_batches
+from data.sources import training_data
 from data.vae import VAE, to_uint8
 from models.build import build_model
 from models.pretrained import CONFIG_FILE, save_weights
@@ -54,8 +54,7 @@ class Trainer:
         torch.backends.cudnn.allow_tf32 = config.train.tf32
         self.config, self.processes = config, processes
         self.run_dir = Path(config.run_dir)
-        self.cache = LatentCache(Path(config.data.cached_path))
-        check_cache(self.cache, config.data, config.model)
+        self.data = training_data(config, processes)
         self.objective = build_objective(config.objective)
         self.validation = None
         if config.train.val_every:
@@ -77,8 +76,7 @@ class Trainer:
             log.info("%s: already at step %d", self.run_dir, state.step)
             return
         self._announce()
-        dataset = LatentDataset(self.cache, self.config.seed, self.config.data.horizontal_flip)
-        batches = iter(training_loader(dataset, self.config, self.processes, state.step))
+        batches = training_batches(self.data, self.config, self.processes, state.step)
         telemetry = Telemetry(self.config, self.processes, state.step, state.running)
         state.model.train()
         with StopRequest(self.processes).listening() as stop:
@@ -154,12 +152,13 @@ class Trainer:
         if self._is_sharded:
             for one in (model, *(ema.model for ema in emas.values())):
                 shard(one, config, self.processes)
+        source = self.data.source
         latents = {
-            "vae_path": self.cache.vae_path,
-            "scaling_factor": self.cache.scaling_factor,
-            "shift_factor": self.cache.shift_factor,
-            "latent_channels": self.cache.latent_shape[0],
-            "class_names": self.cache.class_names,
+            "vae_path": source.vae_path,
+            "scaling_factor": source.scaling_factor,
+            "shift_factor": source.shift_factor,
+            "latent_channels": source.latent_shape[0],
+            "class_names": source.class_names if config.model.num_classes else [],
         }
         return TrainingState(config, model, emas, build_optimizer(model, optim), latents)
 
@@ -187,11 +186,11 @@ class Trainer:
             self.state.emas["ema"].model,
             self.objective,
             config.sampling,
-            self.cache.latent_shape,
+            self.data.source.latent_shape,
             config.seed,
             self.processes.device,
         )
-        labels = [i % config.model.num_classes for i in range(count)]
+        labels = [i % max(config.model.num_classes, 1) for i in range(count)]
         latents, _ = sampler.latents(range(count), labels)  # a sharded model: all together
         if self.processes.is_main:
             grid = image_grid(to_uint8(self.vae.decode(latents)))
@@ -214,7 +213,7 @@ class Trainer:
             "%s: %.1fM parameters, %d images, steps %d to %d, %d process(es) on %s",
             self.run_dir,
             millions,
-            len(self.cache),
+            len(self.data),
             self.state.step,
             self.config.train.max_steps,
             self.processes.world_size,

@@ -1,7 +1,5 @@
 """The loss on held-out latents by noise level, always at the same images, times and noise."""
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,7 @@ from config.schema import Config
 from core.distributed import Processes
 from core.rng import generator
 from core.types import Objective
-from data.latents import LatentCache, LatentDataset, check_cache
+from data.sources import validation_data
 from models.dit import DiT
 
 BINS = 10
@@ -30,17 +28,15 @@ class Validation:
     """
 
     def __init__(self, config: Config, objective: Objective, processes: Processes):
-        cache = LatentCache(Path(config.data.val_cached_path))
-        check_cache(cache, config.data, config.model)
-        self.data = LatentDataset(cache, config.seed, horizontal_flip=False)
+        self.data = validation_data(config, processes)
         self.objective, self.processes = objective, processes
-        self.count = min(config.train.num_val_samples, len(cache))
+        self.count = min(config.train.num_val_samples, len(self.data))
         self.block = config.train.micro_batch_size
         self.seed = config.seed
         order = generator(config.seed, "validation order")
         self.times = (torch.randperm(self.count, generator=order) + 0.5) / self.count
         # Spread over the cache, which may be sorted by class.
-        self.indices = torch.linspace(0, len(cache) - 1, self.count).long().tolist()
+        self.indices = torch.linspace(0, len(self.data) - 1, self.count).long().tolist()
 
     @torch.no_grad()
     def losses(self, model: DiT, sharded: bool = False) -> Tensor:

@@ -26,9 +26,10 @@ import torch
 
 import training.checkpoint
 from config.load import parse_config
+from config.schema import DataConfig
 from core.distributed import processes
 from core.errors import UserError, command
-from data.latents import Manifest, Shard, shard_names
+from data.manifest import Manifest, Shard
 from models.pretrained import find_checkpoint, read_tensors
 from training.step import TrainStep
 from training.telemetry import METRICS_FILE
@@ -75,16 +76,12 @@ def write_cache(folder: Path) -> Path:
     folder.mkdir(parents=True)
     draws = np.random.default_rng(0)
     channels, height, width = SHAPE
-    arrays = (
-        draws.normal(size=(IMAGES, 2, 2 * channels, height, width)).astype(np.float32),
-        draws.integers(0, CLASSES, IMAGES),
-    )
-    paths = [folder / name for name in shard_names(0)]
-    for path, array in zip(paths, arrays, strict=True):
-        np.save(path, array)
-    names, sizes = [p.name for p in paths], [p.stat().st_size for p in paths]
+    moments = draws.normal(size=(IMAGES, 2, 2 * channels, height, width)).astype(np.float32)
+    labels = draws.integers(0, CLASSES, IMAGES)
+    shard = Shard.write(folder, 0, moments, labels, [str(i) for i in range(IMAGES)])
     Manifest(
-        vae_path="none",
+        vae_path=DataConfig().vae_path,
+        vae_hash="never computed",
         scaling_factor=1.0,
         shift_factor=0.0,
         image_size=32,
@@ -93,7 +90,7 @@ def write_cache(folder: Path) -> Path:
         dtype="float32",
         class_names=[str(i) for i in range(CLASSES)],
         count=IMAGES,
-        shards=[Shard(*names, IMAGES, *sizes)],
+        shards=[shard],
     ).write(folder)
     return folder
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from core.errors import UserError
-from data.latents import MANIFEST, LatentCache
+from data.latents import LatentCache
+from data.manifest import KINDS, MANIFEST
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,17 +36,17 @@ def test_float32_and_worker_processes(make_cache, cache_folder, tmp_path):
     indices, views = list(range(23)), [0, 1] * 11 + [0]
     assert np.load(tmp_path / "exact" / "moments-00000.npy").dtype == np.float32
     assert np.load(cache_folder / "moments-00000.npy").dtype == np.float16
-    rounded = exact.moments(indices, views).half().float()
+    rounded = exact.moments(indices, views).half()
     assert torch.equal(rounded, half.moments(indices, views))
 
 
 def test_finished_cache_is_kept_unless_overwritten(make_cache, tmp_path):
     out = make_cache(tmp_path / "cache", shard_size=5)
-    assert sorted(contents(out))[-1] == "moments-00004.npy"
+    assert sorted(contents(out))[-1] == "names-00004.txt"
     with pytest.raises(UserError, match="is a finished cache; --overwrite"):
         make_cache(out)
     make_cache(out, overwrite=True)
-    names = [f"{kind}-0000{n}.npy" for kind in ("labels", "moments") for n in range(3)]
+    names = [f"{kind}-0000{n}.{end}" for kind, end in KINDS.items() for n in range(3)]
     assert sorted(contents(out)) == sorted([*names, MANIFEST])
     assert len(LatentCache(out)) == 23
 
@@ -58,13 +59,14 @@ def test_interrupted_run_leaves_no_cache_and_can_be_repeated(
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.caching._describe", stop)
+    monkeypatch.setattr("data.caching._finish", stop)
     with pytest.raises(KeyboardInterrupt):
         make_cache(out)
     monkeypatch.undo()
     with pytest.raises(UserError, match="not a finished cache"):
         LatentCache(out)
-    (out / ".moments-00009.npy.tmp-1").write_bytes(b"left by a killed process")
+    (out / ".moments-00001.npy.tmp").write_bytes(b"left by a killed process")
+    (out / "done-00001.json").unlink()
     make_cache(out)
     assert contents(out) == contents(cache_folder)
 
@@ -115,7 +117,7 @@ def test_bytes_do_not_depend_on_the_number_of_processes(image_root, vae_folder, 
         assert result.returncode == 0, result.stderr
         assert result.stderr.count("23 images of 3 classes in 5 shards") == 1
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    assert len(contents(tmp_path / "2")) == 11
+    assert len(contents(tmp_path / "2")) == 5 * len(KINDS) + 1
 
 
 @pytest.mark.slow

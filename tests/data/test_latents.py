@@ -3,7 +3,9 @@
 import json
 import math
 import pickle
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,16 +14,11 @@ from torch.utils.data import DataLoader
 
 from config.schema import DataConfig, ModelConfig
 from core.errors import UserError
+from data.dataset import LatentDataset
 from data.images import ImageFolder, load_image, to_float
-from data.latents import (
-    MANIFEST,
-    LatentCache,
-    LatentDataset,
-    Manifest,
-    Shard,
-    check_cache,
-    shard_names,
-)
+from data.latents import JoinedCaches, LatentCache
+from data.manifest import MANIFEST, VIEWS, Manifest, Shard
+from data.sources import check_fits
 from data.vae import VAE
 
 
@@ -37,12 +34,10 @@ def gaussian_cache(folder, count, mean, logvar, scale=1.0, shift=0.0):
     folder.mkdir()
     moments = np.empty((count, 2, 2, 1, 1), dtype=np.float32)
     moments[:, 0, 0], moments[:, 1, 0], moments[:, :, 1] = mean, -mean, logvar
-    names = shard_names(0)
-    np.save(folder / names[0], moments)
-    np.save(folder / names[1], np.zeros(count, dtype=np.int64))
-    shard = Shard(*names, count, *((folder / name).stat().st_size for name in names))
-    manifest = Manifest("x", scale, shift, 1, "none", (1, 1, 1), "float32", ["a"], count, [shard])
-    manifest.write(folder)
+    labels = np.zeros(count, dtype=np.int64)
+    shard = Shard.write(folder, 0, moments, labels, [str(i) for i in range(count)])
+    rest = (1, "none", (1, 1, 1), "float32", ["a"], count, [shard])
+    Manifest("x", "y", scale, shift, *rest).write(folder)
     return LatentCache(folder)
 
 
@@ -50,7 +45,6 @@ def test_properties(cache_folder, vae_folder):
     cache = LatentCache(cache_folder)
     assert len(cache) == 23
     assert cache.class_names == ["class0", "class1", "class2"]
-    assert cache.num_classes == 3
     assert cache.latent_shape == (3, 8, 8)
     assert (cache.image_size, cache.vae_path) == (16, str(vae_folder))
     assert (cache.scaling_factor, cache.shift_factor) == (0.7, 0.3)
@@ -63,7 +57,8 @@ def test_moments_and_labels_equal_direct_encoding(cache_folder, image_root, vae_
     cache, folder, vae = LatentCache(cache_folder), ImageFolder(image_root), VAE(str(vae_folder))
     indices, views = [22, 0, 9, 10, 10, 19], [0, 1, 0, 0, 1, 1]
     moments = cache.moments(indices, views)
-    assert moments.dtype == torch.float32
+    assert moments.dtype == torch.float16
+    moments = moments.float()
     for row, index, view in zip(moments, indices, views, strict=True):
         image = to_float(load_image(folder.paths[index], 16))
         direct = vae.encode_moments((image.flip(-1) if view else image)[None])[0]
@@ -80,7 +75,128 @@ def test_folder_without_manifest_is_no_cache(tmp_path):
             LatentCache(folder)
 
 
-@pytest.mark.parametrize("name", ["moments-00001.npy", "labels-00002.npy"])
+def flip_last_bit(file, offset=-1):
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 1
+    file.write_bytes(content)
+
+
+def test_flipped_byte_is_named_at_first_read_and_by_verify(copied_cache):
+    flip_last_bit(copied_cache / "moments-00001.npy")
+    cache = LatentCache(copied_cache)
+    others = [index for index in range(23) if index != 19]
+    assert torch.isfinite(cache.moments(others, [1] * 22)).all()
+    cache.moments([19], [0])  # the damage is in the other view
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"moments-00001\.npy changed .* at image 9"):
+            cache.moments([3, 19], [0, 1])
+    with pytest.raises(UserError, match=r"moments-00001\.npy changed"):
+        cache.verify()
+
+
+@pytest.mark.parametrize("kind", ["labels", "checks"])
+def test_flipped_byte_in_a_small_file_is_named_at_first_read(copied_cache, kind):
+    flip_last_bit(copied_cache / f"{kind}-00002.npy")
+    cache = LatentCache(copied_cache)
+    cache.moments([0, 12], [0, 1])
+    with pytest.raises(UserError, match=rf"{kind}-00002\.npy changed"):
+        cache.labels([22])
+    with pytest.raises(UserError, match=rf"{kind}-00002\.npy changed"):
+        LatentDataset(cache, seed=0)[(0, 22)]
+
+
+def test_damaged_header_is_named(copied_cache):
+    file = copied_cache / "moments-00000.npy"
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"(10, 2, 6, 8, 8)", b"(10, 6, 2, 8, 8)"))
+    with pytest.raises(UserError, match=r"cannot read .*moments-00000\.npy: holds"):
+        LatentCache(copied_cache).moments([0], [0])
+    flip_last_bit(file, 0)
+    with pytest.raises(UserError, match=r"cannot read .*moments-00000\.npy"):
+        LatentCache(copied_cache).moments([0], [0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"count": 24}, "count 24 is not that of the shards, 23"),
+        (
+            {"dtype": "float32"},
+            r"shard 0 has \d+ bytes of moments, 10 images of .* in float32 need",
+        ),
+        ({"dtype": "int8"}, "dtype 'int8' is none of"),
+        ({"latent_shape": [3, 8]}, r"latent_shape \[3, 8\] is not"),
+        ({"latent_shape": [3, 8, 9]}, "bytes of moments"),
+        ({"scaling_factor": 0}, "scaling_factor 0 is not above 0"),
+        ({"scaling_factor": "x"}, "is damaged"),
+        ({"class_names": None, "unknown": 3}, "unknown"),
+    ],
+)
+def test_wrong_manifest_is_refused(copied_cache, changes, wanted):
+    path = copied_cache / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=wanted):
+        LatentCache(copied_cache)
+
+
+def test_joined_caches_are_one_after_the_other(make_cache, cache_folder, tmp_path):
+    other = LatentCache(make_cache(tmp_path / "other", dtype="float32", shard_size=7))
+    one = LatentCache(cache_folder)
+    both = JoinedCaches([one, other])
+    assert len(both) == 46
+    assert both.shards == [*one.shards, *((23 + a, 23 + b) for a, b in other.shards)]
+    indices, views = [45, 3, 23, 22], [0, 1, 1, 0]
+    expected = [other.moments([22], [0]), one.moments([3], [1])]
+    expected += [other.moments([0], [1]), one.moments([22], [0])]
+    assert torch.equal(both.moments(indices, views), torch.cat([e.float() for e in expected]))
+    assert both.labels(indices).tolist() == [one.labels([i]).item() for i in (22, 3, 0, 22)]
+    copy = pickle.loads(pickle.dumps(both))
+    assert torch.equal(copy.moments(indices, views), both.moments(indices, views))
+
+
+def test_caches_of_different_kinds_are_not_joined(cache_folder, copied_cache):
+    path = copied_cache / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vae_hash": "another"}))
+    with pytest.raises(UserError, match=rf"{cache_folder} and {copied_cache} cannot .* vae_hash"):
+        JoinedCaches([LatentCache(cache_folder), LatentCache(copied_cache)])
+
+
+def test_read_only_folder_is_enough(copied_cache):
+    for path in (*copied_cache.iterdir(), copied_cache):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    cache = LatentCache(copied_cache)
+    assert cache.moments([0, 22], [0, 1]).shape == (2, 6, 8, 8)
+    copied_cache.chmod(0o755)
+
+
+def test_nothing_is_loaded_but_what_is_asked_for(tmp_path):
+    """A cache of 400 MB: reading one image of each shard keeps private memory where it was."""
+    count, shape = 500, (VIEWS, 8, 40, 80)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    moments = np.zeros((count, *shape), dtype=np.float32)
+    names, labels = [str(i) for i in range(count)], np.zeros(count, dtype=np.int64)
+    shards = [Shard.write(folder, number, moments, labels, names) for number in range(4)]
+    rest = (1, "none", (4, 40, 80), "float32", ["a"], 4 * count, shards)
+    Manifest("x", "y", 1.0, 0.0, *rest).write(folder)
+    del moments
+    cache = LatentCache(folder)
+    before = private_bytes()
+    for index in range(0, 4 * count, 100):
+        cache.moments([index], [0])
+    assert private_bytes() - before < 20e6
+    assert sum(file.stat().st_size for file in folder.glob("moments*")) > 400e6
+
+
+def private_bytes() -> int:
+    """Memory of this process that is not pages of files."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+@pytest.mark.parametrize(
+    "name", ["moments-00001.npy", "labels-00002.npy", "names-00000.txt", "checks-00001.npy"]
+)
 def test_truncated_and_missing_files_are_named(copied_cache, name):
     file = copied_cache / name
     file.write_bytes(file.read_bytes()[:-1])
@@ -94,10 +210,10 @@ def test_truncated_and_missing_files_are_named(copied_cache, name):
 def test_other_version_and_damaged_manifest(copied_cache):
     path = copied_cache / MANIFEST
     values = json.loads(path.read_text())
-    path.write_text(json.dumps(values | {"version": 2}))
-    with pytest.raises(UserError, match="has version 2, this code reads 1"):
+    path.write_text(json.dumps(values | {"version": 3}))
+    with pytest.raises(UserError, match="has version 3, this code reads 2"):
         LatentCache(copied_cache)
-    path.write_text(json.dumps({"version": 1, "shards": []}))
+    path.write_text(json.dumps({"version": 2, "shards": []}))
     with pytest.raises(UserError, match="is damaged"):
         LatentCache(copied_cache)
     path.write_text("[]")
@@ -112,13 +228,13 @@ def test_guard_names_both_sides(cache_folder):
     cache = LatentCache(cache_folder)
     data = DataConfig(image_size=16)
     good = {"input_size": 8, "in_channels": 3, "num_classes": 3}
-    check_cache(cache, data, ModelConfig(**good))
-    with pytest.raises(UserError, match=r"num_classes: 1000 is configured, .* has 3"):
-        check_cache(cache, data, ModelConfig(**good | {"num_classes": 1000}))
+    check_fits(cache, data, ModelConfig(**good))
+    with pytest.raises(UserError, match=r"num_classes: 1000 is configured, but .* has 3"):
+        check_fits(cache, data, ModelConfig(**good | {"num_classes": 1000}))
     with pytest.raises(UserError, match=r"\(4, 8, 8\) is configured, .* has \(3, 8, 8\)"):
-        check_cache(cache, data, ModelConfig(**good | {"in_channels": 4}))
+        check_fits(cache, data, ModelConfig(**good | {"in_channels": 4}))
     with pytest.raises(UserError, match=r"image_size: 256 is configured, .* has 16"):
-        check_cache(cache, DataConfig(), ModelConfig(**good))
+        check_fits(cache, DataConfig(), ModelConfig(**good))
 
 
 def test_draws_do_not_depend_on_grouping(cache_folder):
@@ -182,19 +298,10 @@ def test_pickled_reader_reopens_its_files(cache_folder):
     expected = cache.moments([1, 15], [0, 1])
     cache.labels([0])
     content = pickle.dumps(cache)
-    assert len(content) < 5000
+    assert len(content) < 6000
     copied = pickle.loads(content)
     assert torch.equal(copied.moments([1, 15], [0, 1]), expected)
     assert torch.equal(copied.labels([1, 15]), cache.labels([1, 15]))
-
-
-def test_few_files_stay_open(cache_folder, monkeypatch):
-    monkeypatch.setattr("data.latents.MAX_OPEN_SHARDS", 1)
-    cache = LatentCache(cache_folder)
-    together = cache.moments([0, 10, 20, 0], [0, 0, 0, 1])
-    assert len(cache._maps) == 1
-    apart = [cache.moments([index], [view]) for index, view in ((0, 0), (10, 0), (20, 0), (0, 1))]
-    assert torch.equal(together, torch.cat(apart))
 
 
 def as_it_is(batch):

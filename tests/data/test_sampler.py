@@ -3,11 +3,11 @@
 import pytest
 
 from core.errors import UserError
-from data.sampler import MicroBatches
+from data.sampler import MicroBatches, Shuffled, ShuffledShards
 
 
 def order(steps=range(6), rank=0, world_size=1, seed=0, micro=2, total=50):
-    sampler = MicroBatches(total, 8, micro, rank, world_size, seed, steps)
+    sampler = MicroBatches(Shuffled(total, seed), 8, micro, rank, world_size, steps)
     batches = list(sampler)
     assert len(batches) == len(sampler)
     return batches
@@ -41,3 +41,27 @@ def test_seeds_give_other_orders():
 def test_a_data_set_smaller_than_a_batch_is_refused():
     with pytest.raises(UserError, match="8 is more than the 7 training images"):
         order(total=7)
+
+
+def test_shards_are_shuffled_and_mixed_within_a_window():
+    shards = [(10 * i, 10 * i + 10) for i in range(5)]
+    order = ShuffledShards(shards, window=2, seed=3)
+    assert len(order) == 50
+    windows = set()
+    for epoch in range(10):
+        samples = order.epoch(epoch)
+        assert sorted(samples.tolist()) == list(range(50))
+        parts = [set((part // 10).tolist()) for part in samples.split(20)]
+        assert [len(part) for part in parts] == [2, 2, 1]
+        assert set((samples[:10] // 10).tolist()) == parts[0]  # mixed, not one after the other
+        windows.add(tuple(map(frozenset, parts)))
+    assert len(windows) > 3
+
+
+def test_order_of_shards_is_a_function_of_seed_and_epoch():
+    shards = [(0, 10), (10, 17), (17, 18)]
+    first = ShuffledShards(shards, 2, seed=3).epoch(1).tolist()
+    assert ShuffledShards(shards, 2, seed=3).epoch(1).tolist() == first
+    assert sorted(first) == list(range(18))
+    assert ShuffledShards(shards, 2, seed=3).epoch(2).tolist() != first
+    assert ShuffledShards(shards, 2, seed=4).epoch(1).tolist() != first

@@ -17,8 +17,8 @@ import torch
 from config.load import parse_config
 from core.distributed import Processes
 from core.errors import UserError
+from data.dataset import LatentDataset
 from models.pretrained import find_checkpoint, read_tensors, weights_path
-from training import trainer as trainer_module
 from training.interruption import losses_named
 from training.step import TrainStep
 from training.trainer import Trainer, train
@@ -246,21 +246,15 @@ def test_losing_a_worker_or_a_process_is_one_clear_line():
         raise RuntimeError("shapes do not fit")
 
 
-class Hanging:
+class Hanging(LatentDataset):
     """A data set whose workers never answer."""
-
-    def __init__(self, *args):
-        pass
-
-    def __len__(self):
-        return 40
 
     def __getitems__(self, items):
         time.sleep(3600)
 
 
 def test_a_hung_worker_ends_the_run(flags, monkeypatch):
-    monkeypatch.setattr(trainer_module, "LatentDataset", Hanging)
+    monkeypatch.setattr("data.sources.LatentDataset", Hanging)
     with pytest.raises(UserError, match=r"does not answer \(train.timeout\): .*timed out"):
         run(flags(data__num_workers=1, train__timeout=1))
 

@@ -226,6 +226,7 @@ def test_damaged_and_missing_checkpoints_are_named(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"ema\.safetensors: \d+ bytes, \d+ were written"):
         load_pretrained(tmp_path / "run")
+    assert load_pretrained(tmp_path / "run", "model").state["step"] == 1  # its files are whole
     seal(folder)
     with pytest.raises(UserError, match=r"ema\.safetensors: not a readable safetensors file"):
         load_pretrained(tmp_path / "run")

@@ -1,0 +1,141 @@
+"""What training draws from: latents sampled anew from their posteriors in every epoch.
+
+An item is requested as a pair (epoch, index). Which view of the image it takes, as it is or
+mirrored, and its posterior noise are functions of (seed, epoch, index) alone.
+
+Shapes: B batch, C latent channels, h and w height and width of the latent.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from core.rng import derive_seed, generator
+from data.latents import Moments
+from data.online import EncodedImages
+
+Items = Sequence[tuple[int, int]]
+Batch = tuple[Tensor, Tensor]
+"""Latents (B, C, h, w) float32 as the model sees them, and labels (B,) int64."""
+
+
+class TrainingData(Protocol):
+    """A data set whose batches are fetched by loader processes and finished by the training one."""
+
+    source: Moments | EncodedImages
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, items: Items) -> object:
+        """What loader processes make of a batch: PyTorch's batched fetch, to collate as it is."""
+        ...
+
+    def finish(self, fetched: object) -> Batch:
+        """The batch, on any device, of what was fetched."""
+        ...
+
+
+class LatentDataset(Dataset):
+    """Draws from stored moments.
+
+    Args:
+        source: where the moments are.
+        seed: of the draws.
+        horizontal_flip: take the mirror image's latent with probability one half.
+        conditional: hand out labels; otherwise all of them are 0.
+    """
+
+    def __init__(
+        self, source: Moments, seed: int, horizontal_flip: bool = True, conditional: bool = True
+    ):
+        self.source, self.seed = source, seed
+        self.horizontal_flip, self.conditional = horizontal_flip, conditional
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: tuple[int, int]) -> Batch:
+        """One latent (C, h, w) and its label, a scalar."""
+        latents, labels = self.__getitems__([item])
+        return latents[0], labels[0]
+
+    def __getitems__(self, items: Items) -> Batch:
+        """Latents (B, C, h, w) and labels (B,)."""
+        indices = [index for _, index in items]
+        views = [int(self.horizontal_flip and is_mirrored(self.seed, *item)) for item in items]
+        noise = posterior_noise(self.seed, items, self.source.latent_shape)
+        labels = self.source.labels(indices)
+        moments = self.source.moments(indices, views)
+        return draw(moments, noise, self.source), labels if self.conditional else labels * 0
+
+    def finish(self, fetched: Batch) -> Batch:
+        """Nothing is left to be done."""
+        return fetched
+
+
+class OnlineDataset(Dataset):
+    """Draws from images: loader processes read them, the training process encodes them.
+
+    The draws are those of `LatentDataset` for a cache of the same images.
+
+    Args:
+        source: images and VAE.
+        seed, horizontal_flip, conditional: see `LatentDataset`.
+    """
+
+    def __init__(
+        self,
+        source: EncodedImages,
+        seed: int,
+        horizontal_flip: bool = True,
+        conditional: bool = True,
+    ):
+        self.source, self.seed = source, seed
+        self.horizontal_flip, self.conditional = horizontal_flip, conditional
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, items: Items) -> tuple[Tensor, Tensor, Tensor]:
+        """Images (B, 3, H, W) uint8, each in its view, posterior noise, and labels."""
+        images = self.source.images([index for _, index in items])
+        if self.horizontal_flip:
+            mirrored = torch.tensor([is_mirrored(self.seed, *item) for item in items])
+            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        noise = posterior_noise(self.seed, items, self.source.latent_shape)
+        labels = self.source.labels([index for _, index in items])
+        return images, noise, labels if self.conditional else labels * 0
+
+    def finish(self, fetched: tuple[Tensor, Tensor, Tensor]) -> Batch:
+        """Latents of the images, on the VAE's device, and labels."""
+        images, noise, labels = fetched
+        moments = self.source.encode(images)
+        return draw(moments, noise.to(moments.device), self.source), labels
+
+
+def is_mirrored(seed: int, epoch: int, index: int) -> bool:
+    """True for one half of all (epoch, index)."""
+    return bool(derive_seed(seed, "mirror", epoch, index) & 1)
+
+
+def posterior_noise(seed: int, items: Items, shape: tuple[int, int, int]) -> Tensor:
+    """Standard normal noise (B, *shape), a row for each (epoch, index)."""
+    noise = torch.empty((len(items), *shape))
+    for row, item in zip(noise, items, strict=True):
+        row.normal_(generator=generator(seed, "posterior", *item))
+    return noise
+
+
+def draw(moments: Tensor, noise: Tensor, source: Moments | EncodedImages) -> Tensor:
+    """Latents (B, C, h, w) float32, shifted and scaled, from moments (B, 2C, h, w).
+
+    `moments` is used up. In place throughout: fresh memory for every intermediate result takes six
+    times as long.
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    deviation = logvar.float().mul_(0.5).exp_()
+    sample = torch.addcmul(mean.float(), deviation, noise)
+    return sample.sub_(source.shift_factor).mul_(source.scaling_factor)

@@ -1,0 +1,222 @@
+"""The cache of VAE latents: what lies on the disk.
+
+A cache is a folder with `manifest.json` and numbered files of a fixed number of images each:
+
+    moments-00000.npy   (n, 2, 2C, h, w) float16, float32, or bfloat16 as uint16
+    checks-00000.npy    (n, 2) uint32, CRC-32 of each (2C, h, w) above
+    labels-00000.npy    (n,) int64
+    names-00000.txt     n lines, the images' paths below the folder that they came from
+
+The second axis holds the two views of an image, as it is and mirrored (encoded from the mirrored
+image); 2C are the C channels of the posterior's mean, then the C of its log-variance, neither
+shifted nor scaled. The manifest is written last: a folder without it is not a cache.
+
+Files are .npy, which anything reads. Mapped into memory, .npy and safetensors are the same bytes
+behind a header and gather at the same speed; slices that safetensors reads itself, row by row, are
+a tenth as fast (`python -m benchmarks.latent_loader`).
+
+Shapes: C latent channels, h and w height and width of the latent.
+"""
+
+import json
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from core.errors import UserError
+from core.files import complete_file, file_hash
+
+VERSION = 2
+VIEWS = 2
+DTYPES = ("float16", "bfloat16", "float32")
+MANIFEST = "manifest.json"
+KINDS = {"moments": "npy", "checks": "npy", "labels": "npy", "names": "txt"}
+
+
+def shard_path(folder: Path, kind: str, number: int) -> Path:
+    """One file of a shard; `kind` is one of KINDS."""
+    return folder / f"{kind}-{number:05d}.{KINDS[kind]}"
+
+
+def stored_dtype(dtype: str) -> np.dtype:
+    """What numpy sees in a moments file: it has no bfloat16."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The files of `count` images, with the size in bytes and the SHA-256 of each kind."""
+
+    number: int
+    count: int
+    sizes: dict[str, int]
+    sha256: dict[str, str]
+
+    @classmethod
+    def write(
+        cls, folder: Path, number: int, moments: np.ndarray, labels: np.ndarray, names: list[str]
+    ) -> "Shard":
+        """Write the files and describe them.
+
+        Args:
+            folder: of the cache.
+            number: of the shard.
+            moments: (n, 2, 2C, h, w), of a `stored_dtype`.
+            labels: (n,) int64.
+            names: n paths.
+        """
+        checks = np.array(
+            [[zlib.crc32(np.ascontiguousarray(view)) for view in image] for image in moments],
+            dtype=np.uint32,
+        ).reshape(-1, VIEWS)
+        for kind, values in (("moments", moments), ("checks", checks), ("labels", labels)):
+            path = shard_path(folder, kind, number)
+            with complete_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, values)
+        with complete_file(shard_path(folder, "names", number)) as temporary:
+            lines = [name.replace("\n", "\\n") + "\n" for name in names]
+            # Names that are not UTF-8 pass as the bytes that they are.
+            temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
+        paths = {kind: shard_path(folder, kind, number) for kind in KINDS}
+        sizes = {kind: path.stat().st_size for kind, path in paths.items()}
+        hashes = {kind: file_hash(path) for kind, path in paths.items()}
+        return cls(number, len(labels), sizes, hashes)
+
+    def check(self, folder: Path) -> None:
+        """Compare the files' sizes with this description.
+
+        Raises:
+            UserError: naming the file that is missing or truncated.
+        """
+        for kind, expected in self.sizes.items():
+            path = shard_path(folder, kind, self.number)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise UserError(
+                    f"cached_path: {path} is missing ({error.strerror}); make the cache again"
+                ) from error
+            if size != expected:
+                raise UserError(
+                    f"cached_path: {path} has {size} bytes, the manifest says {expected}; "
+                    "make the cache again"
+                )
+
+    def check_contents(self, folder: Path, kind: str) -> None:
+        """Compare the bytes of one file with its SHA-256.
+
+        Raises:
+            UserError: naming a file that changed.
+        """
+        path = shard_path(folder, kind, self.number)
+        try:
+            same = file_hash(path) == self.sha256[kind]
+        except OSError as error:
+            raise UserError(f"cached_path: cannot read {path}: {error}") from error
+        if not same:
+            raise UserError(
+                f"cached_path: {path} changed since it was written; make the cache again"
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the numbers of a cache are.
+
+    Attributes:
+        vae_path: hub id or folder of the VAE.
+        vae_hash: of its weights, see `data.vae.VAE.weights_hash`.
+        scaling_factor: a model sees (z - shift_factor) * scaling_factor.
+        shift_factor: see there.
+        image_size: side of the cropped images, in pixels.
+        crop: name of the crop rule.
+        latent_shape: [C, h, w].
+        dtype: of the moments, one of DTYPES.
+        class_names: name of each label.
+        count: images.
+        shards: files, in the order of the images.
+        version: of this contract.
+    """
+
+    vae_path: str
+    vae_hash: str
+    scaling_factor: float
+    shift_factor: float
+    image_size: int
+    crop: str
+    latent_shape: tuple[int, int, int]
+    dtype: str
+    class_names: list[str]
+    count: int = 0
+    shards: list[Shard] = field(default_factory=list)
+    version: int = VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write manifest.json, which turns `folder` into a cache."""
+        with complete_file(folder / MANIFEST) as path:
+            path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    def bytes_of(self, images: int) -> int:
+        """Size of the moments of so many images."""
+        values = images * VIEWS * 2 * int(np.prod(self.latent_shape))
+        return values * getattr(torch, self.dtype).itemsize
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished cache.
+
+    Raises:
+        UserError: there is none, it is damaged, or of another version.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"cached_path: {folder} is not a finished cache ({MANIFEST} is missing); "
+            "make it with main_cache.py"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"cached_path: cannot read {path}: {error}") from error
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != VERSION:
+        raise UserError(
+            f"cached_path: {path} has version {version!r}, this code reads {VERSION}; "
+            "make the cache again with main_cache.py"
+        )
+    try:
+        shards = [Shard(**shard) for shard in values.pop("shards")]
+        manifest = Manifest(**values, shards=shards)
+        _check(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"cached_path: {path} is damaged: {error}") from error
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Entries that contradict each other; what a changed number would lead to is worse.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    if manifest.dtype not in DTYPES:
+        raise ValueError(f"dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}")
+    if len(manifest.latent_shape) != 3 or min(manifest.latent_shape) < 1:
+        raise ValueError(f"latent_shape {manifest.latent_shape} is not [C, h, w]")
+    if not manifest.scaling_factor > 0:
+        raise ValueError(f"scaling_factor {manifest.scaling_factor} is not above 0")
+    total = sum(shard.count for shard in manifest.shards)
+    if manifest.count != total:
+        raise ValueError(f"count {manifest.count} is not that of the shards, {total}")
+    for shard in manifest.shards:
+        if set(shard.sizes) != set(KINDS) or set(shard.sha256) != set(KINDS):
+            raise ValueError(f"shard {shard.number} does not name {', '.join(KINDS)}")
+        least = manifest.bytes_of(shard.count)
+        if not least < shard.sizes["moments"] <= least + 4096:
+            raise ValueError(
+                f"shard {shard.number} has {shard.sizes['moments']} bytes of moments, "
+                f"{shard.count} images of {manifest.latent_shape} in {manifest.dtype} need {least}"
+            )

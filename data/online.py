@@ -1,0 +1,59 @@
+"""Images that are encoded while a model trains on them, without a cache."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+from data.images import ImageFolder, load_image, to_float
+from data.vae import VAE
+
+
+class EncodedImages:
+    """An image folder and the VAE that encodes it.
+
+    Args:
+        path: image folder, `path/<class>/<images>`.
+        image_size: side of the cropped images, in pixels.
+        vae: encodes on its own device; copies that travel to other processes are without it.
+
+    Attributes:
+        path, vae_path, vae_hash, scaling_factor, shift_factor, image_size, latent_shape,
+        class_names: as those of `data.latents.Moments`.
+
+    Raises:
+        UserError: no such folder, or a size that the VAE cannot encode.
+    """
+
+    def __init__(self, path: str, image_size: int, vae: VAE):
+        if image_size % vae.factor:
+            raise UserError(
+                f"data.image_size: {image_size} is not a multiple of the VAE's {vae.factor}"
+            )
+        self.path, self.image_size, self.vae = path, image_size, vae
+        self.folder = ImageFolder(path)
+        self.class_names = self.folder.class_names
+        self.vae_path, self.vae_hash = vae.path, vae.weights_hash()
+        self.scaling_factor, self.shift_factor = vae.scaling_factor, vae.shift_factor
+        side = image_size // vae.factor
+        self.latent_shape = (vae.latent_channels, side, side)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"vae": None}
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        """Cropped images (B, 3, H, W) uint8."""
+        paths = (self.folder.paths[index] for index in indices)
+        return torch.stack([load_image(path, self.image_size) for path in paths])
+
+    def labels(self, indices: Sequence[int]) -> Tensor:
+        """Labels (B,) int64."""
+        return torch.from_numpy(self.folder.labels[list(indices)])
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Posterior moments (B, 2C, h, w) float32 of images (B, 3, H, W) uint8."""
+        return self.vae.encode_moments(to_float(images.to(self.vae.device)))
