@@ -4,6 +4,9 @@ Encode a folder of images into the cache of latents that train.py reads. Runs un
 plain python, on GPUs or the CPU; the result does not depend on the number of processes. A run that
 was interrupted goes on where it stopped when it is started again. On the CPU each process encodes
 on one thread, so start as many as there are cores.
+
+torchrun --nproc_per_node=8 main_cache.py --data_path IMAGENET/train --cached_path cache/imagenet256
+(42 GB in float16).
 """
 
 import argparse
@@ -20,13 +23,14 @@ def parse() -> argparse.Namespace:
     """The command line, with the published spellings and their hyphenated forms."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[1],
+        epilog="ImageNet at 256 x 256 on 8 GPUs: " + __doc__.split("\n\n")[2].strip(),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
     def flag(name: str, **options) -> None:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)
 
-    flag("data_path", help="image folder: DATA_PATH/<class>/<images>")
+    flag("data_path", default=argparse.SUPPRESS, help="image folder: DATA_PATH/<class>/<images>")
     flag("cached_path", required=True, default=argparse.SUPPRESS, help="folder to write")
     flag("img_size", type=positive, default=256, help="side of the cropped images, in pixels")
     flag(
@@ -76,7 +80,7 @@ def main() -> None:
     if arguments.pop("verify"):
         verify_cache(arguments["cached_path"])
         return
-    if arguments["data_path"] is None:
+    if "data_path" not in arguments:
         raise UserError("--data_path: needed to write a cache, an image folder")
     options = CacheOptions(image_size=arguments.pop("img_size"), **arguments)
     with processes(device, cpu_threads=1) as group:

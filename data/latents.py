@@ -115,15 +115,13 @@ class LatentCache:
         """
         index, view = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
         channels, height, width = self.latent_shape
-        dtype = getattr(torch, self.manifest.dtype)
-        out = torch.empty((len(index), 2 * channels * height * width), dtype=dtype)
+        dtype = self.manifest.dtype
+        # numpy, since it copies rows as blocks: three times as fast as torch's index_select.
+        out = np.empty((len(index), 2 * channels * height * width), stored_dtype(dtype))
         for number, rows, inside in self._by_shard(index):
-            place = inside * VIEWS + view[rows]
-            shard = self._shard(number)
-            found = shard.moments.index_select(0, torch.from_numpy(place))
-            shard.check(found, place)
-            out[torch.from_numpy(rows)] = found
-        return out.view(-1, 2 * channels, height, width)
+            out[rows] = self._shard(number).read(inside * VIEWS + view[rows])
+        moments = torch.from_numpy(out).view(getattr(torch, dtype))
+        return moments.view(-1, 2 * channels, height, width)
 
     def labels(self, indices: Sequence[int]) -> Tensor:
         """Labels (B,) int64 of images `indices`."""
@@ -167,31 +165,30 @@ class _OpenShard:
             shard.check_contents(folder, kind)
         self.path = shard_path(folder, "moments", shard.number)
         shape = (shard.count, VIEWS, 2 * channels, height, width)
-        mapped = _mapped(self.path, shape, dtype).view(getattr(torch, manifest.dtype))
-        self.moments = mapped.view(VIEWS * shard.count, -1)
+        self.moments = _mapped(self.path, shape, dtype).reshape(VIEWS * shard.count, -1)
         labels, checks = (shard_path(folder, kind, shard.number) for kind in ("labels", "checks"))
-        self.labels = _mapped(labels, (shard.count,), np.dtype(np.int64)).numpy()
-        self.checks = _mapped(checks, (shard.count, VIEWS), np.dtype(np.uint32)).numpy().ravel()
+        self.labels = _mapped(labels, (shard.count,), np.dtype(np.int64))
+        self.checks = _mapped(checks, (shard.count, VIEWS), np.dtype(np.uint32)).ravel()
         self.checked = np.zeros(VIEWS * shard.count, dtype=bool)
 
-    def check(self, rows: Tensor, places: np.ndarray) -> None:
-        """Compare `rows`, read from `places`, with their checksums unless that was done before."""
-        new = np.flatnonzero(~self.checked[places])
-        if len(new) == 0:
-            return
-        values = rows.view(torch.uint8).numpy()
-        for row in new:
-            place = places[row]
-            if zlib.crc32(values[row]) != self.checks[place]:
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """Rows of `moments`, each compared with its checksum when it is read first."""
+        rows = self.moments[places]
+        for new in np.flatnonzero(~self.checked[places]):
+            place = places[new]
+            if zlib.crc32(rows[new]) != self.checks[place]:
                 raise UserError(
                     f"cached_path: {self.path} changed since it was written, at image "
                     f"{place // VIEWS} of it; make the cache again"
                 )
-        self.checked[places] = True
+            self.checked[place] = True
+        return rows
 
 
-def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """A .npy file as a tensor that stays on disk and holds no file descriptor open.
+def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A .npy file as an array that stays on disk.
+
+    By torch, since an array mapped by numpy holds a file descriptor, and 1024 is a usual limit.
 
     Raises:
         UserError: the file cannot be read, or its header is not of this shape and dtype.
@@ -208,7 +205,7 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
         raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cached_path: cannot read {path}: {error}") from error
-    return raw[start:].view(torch.from_numpy(np.empty(0, dtype)).dtype).view(shape)
+    return raw.numpy()[start:].view(dtype).reshape(shape)
 
 
 class JoinedCaches:

@@ -12,8 +12,8 @@ image); 2C are the C channels of the posterior's mean, then the C of its log-var
 shifted nor scaled. The manifest is written last: a folder without it is not a cache.
 
 Files are .npy, which anything reads. Mapped into memory, .npy and safetensors are the same bytes
-behind a header and gather at the same speed; slices that safetensors reads itself, row by row, are
-a tenth as fast (`python -m benchmarks.latent_loader`).
+behind a header; slices that safetensors reads itself, row by row, come a sixth as fast
+(`python -m benchmarks.latent_loader`).
 
 Shapes: C latent channels, h and w height and width of the latent.
 """

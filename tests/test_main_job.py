@@ -1,6 +1,7 @@
 """The main job on a tiny setting: cache, train, sample, by the functions and by the commands."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from config.load import parse_config
 from config.schema import FEED_FORWARDS, OBJECTIVES
 from core.distributed import Processes
 from core.errors import UserError
+from data.latents import LatentCache
 from models.pretrained import load_pretrained
 from sampling.command import sample_from_checkpoint
 from sampling.flags import parse_flags
@@ -93,6 +95,33 @@ def test_every_layer_trains_and_samples_with_every_objective(
         assert record["capacity_infer"] == pytest.approx(1.0)
     with np.load(next((tmp_path / "samples").glob("*.npz"))) as samples:
         assert samples["arr_0"].shape == (5, 16, 16, 3)
+
+
+def test_images_without_classes_at_another_size(make_cache, tiny_config, tmp_path, image_root):
+    """A flat folder at 24 pixels, cached and online: unconditional training and sampling."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in sorted(image_root.rglob("*.png")):
+        shutil.copy(path, images)
+    cache = make_cache(tmp_path / "cache", data_path=str(images), image_size=24)
+    assert LatentCache(cache).class_names == ["all"]
+    flags = {"data.cached_path": cache, "data.image_size": 24, "model.input_size": 12}
+    flags |= {"model.num_classes": 0, "sampling.cfg_scale": 1, "train.sample_every": 4}
+    argv = [word for key, value in flags.items() for word in (f"--{key}", value)]
+    run_dir = run_training(tiny_config, tmp_path / "run", *argv)
+    record = run_sampling(run_dir, tmp_path / "samples")
+    assert record["num_samples"] == 5
+    with np.load(next((tmp_path / "samples").glob("*.npz"))) as samples:
+        assert samples["arr_0"].shape == (5, 24, 24, 3)
+    with pytest.raises(UserError, match=r"cfg_scale: 2\.0 needs classes"):
+        run_sampling(run_dir, tmp_path / "more", "--cfg-scale", 2)
+    online = ["--data.source", "images", "--data.data_path", images]
+    again = run_training(tiny_config, tmp_path / "online", *argv, *online)
+    losses = [
+        [json.loads(line)["loss/mse"] for line in (run / "metrics.jsonl").open()]
+        for run in (run_dir, again)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # the cache is in float16
 
 
 def test_a_run_leaves_config_logs_pictures_and_checkpoints(trained):

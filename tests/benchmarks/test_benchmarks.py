@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import moe_layer, train_step
+from benchmarks import latent_loader, moe_layer, train_step
 from benchmarks.measure import activation_memory
 from benchmarks.pseudo_code import Algorithm3
 from config.schema import DiffMoEConfig
@@ -43,6 +43,22 @@ def test_a_table_of_steps(tmp_path, capsys):
     assert row["step / first"] == 1
     assert row["img/s"] == pytest.approx(4 / row["seconds"])
     assert "tiny" in capsys.readouterr().out
+
+
+def test_a_table_of_loaders(tmp_path, capsys):
+    sizes = ["--images", "40", "--batch-size", "8", "--shard-size", "16", "--repeats", "1"]
+    out = tmp_path / "loader.json"
+    threads = torch.get_num_threads()
+    latent_loader.main([*sizes, "--dir", str(tmp_path), "--out", str(out)])
+    torch.set_num_threads(threads)
+    found = json.loads(out.read_text())
+    rows = {(row["what"], row["format"], row["workers"]): row for row in found["rows"]}
+    assert len(rows) == 3 * 3 * 2 + 1
+    assert rows["ready, warm", "npz", 2]["x npz"] == 1
+    assert all(row["samples/s"] > 0 for row in rows.values())
+    assert found["facts"]["s to open 1,281,167 images"] > 0
+    assert "40 latents, batches of 8" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_thresholds_settle_where_capacity_is_one():
