@@ -5,14 +5,14 @@ torchrun --nproc_per_node=8 sample_ddp.py --ckpt runs/NAME --image-size 256 \
     --sample-dir samples
 
 Writes one .npz (arr_0, NHWC uint8, as ADM's evaluator reads it), a grid, and a JSON with every
-setting. The images do not depend on the number of processes; on the CPU each of them computes
-on one thread, so start as many as there are cores.
+setting; `--metrics REF.npz --save none` scores the images while they are made instead. They do not
+depend on the number of processes, and a run that was interrupted goes on when it is started again.
+On the CPU each process computes on one thread, so start as many as there are cores.
 """
 
 from core.distributed import processes
 from core.errors import command
-from sampling.command import sample_from_checkpoint
-from sampling.flags import parse_flags
+from evaluations.sampled import parse_flags, sample_and_score
 
 
 @command
@@ -20,7 +20,7 @@ def main() -> None:
     """Parse the command line and sample."""
     flags = parse_flags()
     with processes(flags.device, cpu_threads=1) as all_processes:
-        sample_from_checkpoint(flags, all_processes)
+        sample_and_score(flags, all_processes)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def train_classifier(train: DigitSet, settings: TrainSettings | None = None) -> 
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.epochs * steps
     )
-    x, labels = _to_float(train.images), torch.from_numpy(train.labels)
+    x, labels = to_float(torch.from_numpy(train.images)), torch.from_numpy(train.labels)
     for epoch in range(settings.epochs):
         draw = generator(settings.seed, "digit classifier", epoch)
         order = torch.randperm(len(x), generator=draw)[: steps * settings.batch_size]
@@ -168,9 +168,7 @@ def load_classifier(path: str | Path) -> DigitClassifier:
         UserError: no such file, or not such a file.
     """
     if not Path(path).is_file():
-        raise UserError(
-            f"classifier: no file {path}; make it with `python -m evaluations.digits train`"
-        )
+        raise UserError(f"classifier: no file {path}; make it with `python -m evaluations.digits`")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -195,9 +193,9 @@ def check_folder(path: str | Path) -> None:
         raise UserError(f"out: no folder {Path(path).parent} to write {Path(path).name} to")
 
 
-def _to_float(images: np.ndarray) -> Tensor:
+def to_float(images: Tensor) -> Tensor:
     """uint8 (N, H, W, 1 or 3) as float32 (N, 3, H, W) in [0, 1]; grey is repeated."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+    x = images.permute(0, 3, 1, 2).float() / 255
     return x.expand(-1, 3, -1, -1).contiguous()
 
 
@@ -209,6 +207,11 @@ def check_images(name: str, images: np.ndarray) -> None:
         raise UserError(
             f"{name}: need uint8 (N, {SIZE}, {SIZE}, 1 or 3), got {images.dtype} {shape}"
         )
+
+
+def accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Share of rows of `logits` (N, K) that are largest at their label (N,)."""
+    return float((logits.argmax(axis=1) == labels).mean())
 
 
 @torch.inference_mode()
@@ -223,7 +226,8 @@ def features_and_logits(
     check_images("images", images)
     classifier.eval()
     parts = [
-        classifier(_to_float(images[i : i + batch_size])) for i in range(0, len(images), batch_size)
+        classifier(to_float(torch.from_numpy(images[i : i + batch_size])))
+        for i in range(0, len(images), batch_size)
     ]
     features, logits = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
     return features, logits

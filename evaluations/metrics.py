@@ -94,7 +94,7 @@ def inception_score(probs: Array, split_size: int = 5000) -> float:
     if split_size < 1:
         raise UserError(f"split_size: must be at least 1, got {split_size}")
     p = _features("probs", probs, at_least=1).cpu().numpy()
-    if (p < 0).any() or not np.allclose(p.sum(axis=1, dtype=np.float64), 1, atol=1e-3):
+    if (p < 0).any() or not np.allclose(p.sum(axis=1, dtype=np.float64), 1, atol=1e-2):
         raise UserError("probs: rows must be probabilities (not negative, sum 1), not logits")
     scores = []
     for start in range(0, len(p), split_size):
@@ -124,9 +124,9 @@ def precision_recall(
     """
     x = _features("reference", reference, at_least=k + 1)
     y = _features("samples", samples, at_least=k + 1).to(x.device)
-    precision = in_manifold(y, x, manifold_radii(x, k, block), block)
-    recall = in_manifold(x, y, manifold_radii(y, k, block), block)
-    return float(precision.double().mean()), float(recall.double().mean())
+    radii = (manifold_radii(x, k, block), manifold_radii(y, k, block))
+    reference_in, samples_in = memberships(x, y, *radii, block)
+    return float(samples_in.double().mean()), float(reference_in.double().mean())
 
 
 def manifold_radii(features: Array, k: int = 3, block: int = BLOCK) -> Tensor:
@@ -142,47 +142,56 @@ def manifold_radii(features: Array, k: int = 3, block: int = BLOCK) -> Tensor:
     """
     _check_counts(k, block)
     x = _features("features", features, at_least=k + 1)
-    radii = []
+    nearest = torch.full((len(x), k), torch.inf, device=x.device)
+
+    def take(rows: slice, distances: Tensor) -> None:
+        both = torch.cat([nearest[rows], distances], dim=1)
+        nearest[rows] = both.topk(k, largest=False).values
+
     for i in range(0, len(x), block):
-        rows = x[i : i + block]
-        nearest = torch.full((len(rows), k), torch.inf, device=x.device)
-        for j in range(0, len(x), block):
-            distances = _squared_distances(rows, x[j : j + block])
+        rows = slice(i, i + block)
+        for j in range(i, len(x), block):  # distances are symmetric
+            columns = slice(j, j + block)
+            distances = _squared_distances(x[rows], x[columns])
             if i == j:
                 distances.fill_diagonal_(torch.inf)
-            nearest = torch.cat([nearest, distances], dim=1).topk(k, largest=False).values
-        radii.append(nearest.amax(dim=1))
-    return torch.cat(radii)
+            else:
+                take(columns, distances.T)
+            take(rows, distances)
+    return nearest.amax(dim=1)
 
 
-def in_manifold(points: Array, features: Array, radii: Array, block: int = BLOCK) -> Tensor:
-    """Which points lie in a ball around some row of `features`, the boundary included.
+def memberships(
+    x: Array, y: Array, x_radii: Array, y_radii: Array, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """Which rows of each set lie in a ball around some row of the other, boundary included.
 
     Args:
-        points: (M, D).
-        features: (N, D), centres of the balls.
-        radii: (N,) squared, from `manifold_radii(features)`.
+        x: (N, D).
+        y: (M, D).
+        x_radii: (N,) squared, from `manifold_radii(x)`.
+        y_radii: (M,) squared, from `manifold_radii(y)`.
         block: as in `precision_recall`.
 
     Returns:
-        (M,) bool.
+        (N,) and (M,) bool.
     """
     _check_counts(1, block)
-    centres = _features("features", features, at_least=1)
-    x = _features("points", points, at_least=1).to(centres.device)
-    limits = _tensor(radii).to(centres.device, torch.float32)
-    if limits.shape != centres.shape[:1] or x.shape[1] != centres.shape[1]:
-        raise UserError(
-            f"points {tuple(x.shape)}, features {tuple(centres.shape)} and radii "
-            f"{tuple(limits.shape)} do not fit: need (M, D), (N, D) and (N,)"
-        )
-    inside = torch.zeros(len(x), dtype=torch.bool, device=centres.device)
+    x = _features("x", x, at_least=1)
+    y = _features("y", y, at_least=1).to(x.device)
+    radii = [_tensor(r).to(x.device, torch.float32) for r in (x_radii, y_radii)]
+    shapes = [tuple(t.shape) for t in (x, y, *radii)]
+    if x.shape[1] != y.shape[1] or shapes[2:] != [(len(x),), (len(y),)]:
+        raise UserError(f"x, y and radii do not fit: need (N, D), (M, D), (N,), (M,), got {shapes}")
+    x_in, y_in = (torch.zeros(len(t), dtype=torch.bool, device=x.device) for t in (x, y))
     for i in range(0, len(x), block):
-        rows = x[i : i + block]
-        for j in range(0, len(centres), block):
-            distances = _squared_distances(rows, centres[j : j + block])
-            inside[i : i + block] |= (distances <= limits[j : j + block]).any(dim=1)
-    return inside
+        rows = slice(i, i + block)
+        for j in range(0, len(y), block):
+            columns = slice(j, j + block)
+            distances = _squared_distances(x[rows], y[columns])
+            x_in[rows] |= (distances <= radii[1][columns]).any(dim=1)
+            y_in[columns] |= (distances <= radii[0][rows, None]).any(dim=0)
+    return x_in, y_in
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Pretrained:
     path: Path
 
 
-def load_pretrained(path: Path, weights: str = "ema") -> Pretrained:
+def load_pretrained(path: str | Path, weights: str = "ema") -> Pretrained:
     """The model of a checkpoint, in evaluation mode on the CPU.
 
     Args:
@@ -51,7 +51,7 @@ def load_pretrained(path: Path, weights: str = "ema") -> Pretrained:
     Raises:
         UserError: when there is no checkpoint, a file is damaged, or weights and config differ.
     """
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(Path(path))
     check_seal(folder, (CONFIG_FILE, STATE_FILE, weights_path(folder, weights).name))
     config = load_config(folder / CONFIG_FILE)
     model = build_model(config.model)

@@ -6,30 +6,65 @@ import json
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from config.load import to_plain
 from config.protocol import Protocol
 from core.distributed import Processes
 from core.errors import UserError
-from core.files import complete_file
+from core.files import complete_file, file_hash
 from core.logging import get_logger, quiet_other_processes
 from data.vae import KNOWN_NAMES, VAE, to_uint8
 from models.pretrained import Pretrained, load_pretrained
+from models.sealed import MANIFEST_FILE
 from sampling.flags import resolve
-from sampling.generate import Sampler, SampleSet, generate_set
+from sampling.generate import Measure, Sampler, SampleSet, SetPlan, generate_set
 from sampling.grid import image_grid, save_png
-from sampling.labels import LABELS
-from sampling.objectives import build_objective
+from sampling.labels import LABELS, Labels, chosen_labels
 from transport.ode import ADAPTIVE
 
 log: logging.Logger = get_logger("sample")
 
 
-def sample_from_checkpoint(flags: argparse.Namespace, processes: Processes) -> None:
-    """Generate the set that the flags ask for; the main process writes npz, grid and JSON.
+@dataclass
+class Outcome:
+    """A finished set.
+
+    Attributes:
+        result: images and features.
+        path: of the files that were written, without suffix.
+        record: every setting, for `path`.json.
+    """
+
+    result: SampleSet
+    path: Path
+    record: dict[str, Any]
+
+    def write_record(self) -> None:
+        """Write `path`.json."""
+        with complete_file(self.path.with_name(f"{self.path.name}.json")) as temporary:
+            temporary.write_text(json.dumps(self.record, indent=2) + "\n")
+
+
+def sample_from_checkpoint(
+    flags: argparse.Namespace,
+    processes: Processes,
+    measure: Measure | None = None,
+    measured: dict[str, str] | None = None,
+) -> Outcome | None:
+    """Generate the set that the flags ask for; the main process writes images and a grid.
+
+    Args:
+        flags: of the command line.
+        processes: all of which call this.
+        measure: makes features of the images, where they are wanted.
+        measured: what these features are, for the record.
 
     Raises:
         UserError: when checkpoint, VAE and flags do not fit each other.
@@ -41,28 +76,33 @@ def sample_from_checkpoint(flags: argparse.Namespace, processes: Processes) -> N
     protocol = resolve(flags, pretrained)
     vae = VAE(protocol.vae, processes.device)
     _check_vae(vae, pretrained)
-    model = pretrained.config.model
-    sampler = Sampler(
-        pretrained.model.to(processes.device),
-        build_objective(pretrained.config.objective),
-        protocol.sampling,
-        (model.in_channels, model.input_size, model.input_size),
-        flags.global_seed,
-        processes.device,
-    )
-    began = time.perf_counter()
-    result = generate_set(
-        sampler,
-        LABELS[protocol.labels](model.num_classes, flags.global_seed, protocol.num_fid_samples),
-        lambda latents: to_uint8(vae.decode(latents), protocol.pixels),
+    sampler = Sampler.of(pretrained, protocol.sampling, flags.global_seed, processes.device)
+    settings = _settings(flags, pretrained, protocol, vae) | (measured or {})
+    plan = SetPlan(
+        _labels(flags, protocol, pretrained.config.model.num_classes),
         protocol.num_fid_samples,
         protocol.per_proc_batch_size,
-        flags.sample_dir / f"{_name(flags, pretrained, protocol)}.npz",
-        processes,
+        flags.sample_dir / _name(flags, pretrained, protocol),
+        flags.save,
+        settings,
     )
-    if result is not None:
-        seconds = time.perf_counter() - began
-        _write_record(flags, pretrained, protocol, vae, result, seconds, processes)
+    began = time.perf_counter()
+
+    def decode(latents: Tensor) -> Tensor:
+        return to_uint8(vae.decode(latents), protocol.pixels)
+
+    result = generate_set(sampler, decode, measure, plan, processes)
+    if result is None:
+        return None
+    seconds = time.perf_counter() - began
+    return _report(plan, result, settings | _measured(result, seconds, processes))
+
+
+def _labels(flags: argparse.Namespace, protocol: Protocol, num_classes: int) -> Labels:
+    """The class of each sample."""
+    if flags.classes is None:
+        return LABELS[protocol.labels](num_classes, flags.global_seed, protocol.num_fid_samples)
+    return chosen_labels(flags.classes, flags.num_per_class)
 
 
 def _check_vae(vae: VAE, pretrained: Pretrained) -> None:
@@ -97,6 +137,7 @@ def _name(flags: argparse.Namespace, pretrained: Pretrained, protocol: Protocol)
         *_differing(settings, plain.sampling, others),
         *([] if vae == own else [f"vae={vae.rstrip('/').rpartition('/')[2]}"]),
         *_differing(protocol, plain, ("labels", "pixels")),
+        *([] if flags.classes is None else [f"classes={','.join(map(str, flags.classes))}"]),
         f"seed{flags.global_seed}",
         f"n{protocol.num_fid_samples}",
     ]
@@ -109,50 +150,57 @@ def _differing(values: Any, plain: Any, names: Iterable[str]) -> list[str]:
     return [f"{key}={value}".replace(" ", "") for key, value in changed.items()]
 
 
-def _write_record(
-    flags: argparse.Namespace,
-    pretrained: Pretrained,
-    protocol: Protocol,
-    vae: VAE,
-    result: SampleSet,
-    seconds: float,
-    processes: Processes,
-) -> None:
-    """The grid of the first images beside the npz, and a JSON with every setting."""
-    save_png(image_grid(result.first), result.path.with_suffix(".png"))
-    record = {
+def _settings(
+    flags: argparse.Namespace, pretrained: Pretrained, protocol: Protocol, vae: VAE
+) -> dict[str, Any]:
+    """Everything that decides the images, but for the hardware."""
+    labels = protocol.labels if flags.classes is None else f"{flags.num_per_class} of each class"
+    return {
         "checkpoint": str(pretrained.path),
+        "checkpoint_sha256": file_hash(pretrained.path / MANIFEST_FILE),
         "step": pretrained.state["step"],
         "weights": flags.weights,
-        "num_samples": len(result.labels),
+        "num_samples": protocol.num_fid_samples,
         "image_size": pretrained.config.data.image_size,
         "objective": pretrained.config.objective.name,
         "feed_forward": pretrained.config.model.feed_forward.name,
         "protocol": flags.protocol,
         **dataclasses.asdict(protocol.sampling),
-        "nfe": result.nfe,
         "per_proc_batch_size": protocol.per_proc_batch_size,
         "global_seed": flags.global_seed,
-        "labels": protocol.labels,
-        "label_counts": np.bincount(result.labels).tolist(),
+        "noise": "one generator for each (seed, index)",
+        "labels": labels,
+        "classes": flags.classes,
         "pixels": protocol.pixels,
         "vae": vae.path,
+        "vae_sha256": vae.weights_hash(),
+        "save": flags.save,
         "tf32": flags.tf32,
         "dtype": "float32",
+        "config": to_plain(dataclasses.asdict(pretrained.config)),
+    }
+
+
+def _measured(result: SampleSet, seconds: float, processes: Processes) -> dict[str, Any]:
+    """What the run found."""
+    return {
+        "nfe": result.nfe,
+        "label_counts": np.bincount(result.labels).tolist(),
         "device": processes.device.type,
         "world_size": processes.world_size,
         "capacity_infer": result.capacity,
-        "images_per_second": len(result.labels) / seconds,
+        "images_per_second": result.made / seconds,
         "torch": torch.__version__,
+        "numpy": np.__version__,
     }
-    path = result.path.with_suffix(".json")
-    with complete_file(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _report(plan: SetPlan, result: SampleSet, record: dict[str, Any]) -> Outcome:
+    """The grid of the first images beside the set; the record is left to be written."""
+    save_png(image_grid(result.first), plan.path.with_name(f"{plan.path.name}.png"))
     capacity = "none" if result.capacity is None else f"{result.capacity:.3f}"
     log.info(
         "%s: %d images, NFE %g, mean C_infer %s",
-        result.path,
-        len(result.labels),
-        result.nfe,
-        capacity,
+        *(plan.path, len(result.labels), result.nfe, capacity),
     )
+    return Outcome(result, plan.path, record)

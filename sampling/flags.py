@@ -10,13 +10,14 @@ from config.schema import SAMPLERS, SamplingConfig
 from config.validate import validate
 from core.errors import UserError
 from models.pretrained import Pretrained
+from sampling.generate import SAVE
 
 RENAMED = {"num_sampling_steps": "num_steps"}
 """Published flags of sampling settings that have another name in a config."""
 
 
-def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of sample_ddp.py; those left out come from the protocol or the checkpoint."""
+def sampling_parser() -> argparse.ArgumentParser:
+    """The flags of sampling; those left out come from the protocol or the checkpoint."""
     parser = argparse.ArgumentParser(
         prog="sample_ddp.py",
         description="Flags override the --protocol, which overrides the checkpoint's config.",
@@ -41,8 +42,11 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sample-dir", type=Path, default=Path("samples"), help="for the files; default samples")
     add("--tf32", action="store_true", help="TF32 matrix products on GPUs: faster, less exact")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if any")
+    add("--save", choices=SAVE, default="npz", help="images: one PNG each; default npz")
+    add("--classes", type=_classes, help="only these, such as 207,360, for a look")
+    add("--num-per-class", type=_positive, default=8, help="with --classes; default 8")
     _add_sampling(parser.add_argument_group("sampling (default: the checkpoint's config)"))
-    return parser.parse_args(argv)
+    return parser
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
@@ -79,6 +83,12 @@ def resolve(flags: argparse.Namespace, pretrained: Pretrained) -> Protocol:
     ):
         if value is not None and value != own:
             raise UserError(f"{flag}: {value} is not allowed; {pretrained.path} has {own}")
+    unknown = [c for c in flags.classes or [] if not 0 <= c < max(config.model.num_classes, 1)]
+    if unknown:
+        raise UserError(
+            f"--classes: {unknown[0]} is not in 0 ... {config.model.num_classes - 1}, the classes "
+            f"of {pretrained.path}"
+        )
     name = config.objective.name
     protocol = Protocol(objective_name=name, sampling=config.sampling)
     if flags.protocol is not None:
@@ -92,6 +102,8 @@ def resolve(flags: argparse.Namespace, pretrained: Pretrained) -> Protocol:
     changes = _given(flags, Protocol) | {
         "sampling": dataclasses.replace(protocol.sampling, **given)
     }
+    if flags.classes is not None:
+        changes["num_fid_samples"] = len(flags.classes) * flags.num_per_class
     protocol = dataclasses.replace(protocol, **changes)
     validate(dataclasses.replace(config, sampling=protocol.sampling))
     return dataclasses.replace(protocol, vae=protocol.vae or config.data.vae_path)
@@ -107,6 +119,10 @@ def _given(flags: argparse.Namespace, kind: type) -> dict[str, Any]:
 
 def _choices(field: str) -> tuple[str, ...]:
     return get_args(get_type_hints(SamplingConfig)[field])
+
+
+def _classes(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def _positive(text: str) -> int:

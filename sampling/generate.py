@@ -5,8 +5,10 @@ the last one is computed full, then cut: a sample never depends on how many proc
 although DiffMoE's routing depends on the batch.
 """
 
+import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,11 @@ from core.npz import NpzWriter
 from core.rng import SampleNoise, generator
 from core.types import Objective
 from models.dit import DiT
+from models.pretrained import Pretrained
+from sampling.grid import save_png
 from sampling.guidance import CapacityMeter, Guided
 from sampling.labels import Labels
+from sampling.objectives import build_objective
 
 GRID_IMAGES = 100
 
@@ -48,6 +53,25 @@ class Sampler:
     seed: int
     device: torch.device
 
+    @classmethod
+    def of(
+        cls,
+        pretrained: Pretrained,
+        settings: SamplingConfig | None = None,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> "Sampler":
+        """The sampler of a loaded checkpoint, by default with its config's settings."""
+        config, model = pretrained.config, pretrained.config.model
+        return cls(
+            pretrained.model.to(device),
+            build_objective(config.objective),
+            settings or config.sampling,
+            (model.in_channels, model.input_size, model.input_size),
+            seed,
+            torch.device(device),
+        )
+
     @torch.no_grad()
     def latents(self, indices: range, labels: list[int]) -> tuple[Tensor, CapacityMeter]:
         """Latents (B, C, H, W) of the samples `indices`, and what their making cost."""
@@ -60,108 +84,181 @@ class Sampler:
         return latents, meter
 
 
-@dataclass
-class SampleSet:
-    """Generated images, (N, H, W, 3) uint8 on disk.
+SAVE = ("npz", "images", "none")
+"""Forms in which the images stay: one file, a folder of PNGs, or not at all."""
+
+Decode = Callable[[Tensor], Tensor]
+"""Latents (B, C, h, w) -> images (B, H, W, 3) uint8 on the CPU."""
+
+Measure = Callable[[Tensor], dict[str, Tensor]]
+"""Images (B, H, W, 3) uint8 -> features (B, D) by name."""
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """A set of images.
 
     Attributes:
-        path: of the `.npz`.
+        labels: the class of each sample.
+        num_samples: N.
+        block_size: B, samples per forward pass of a process.
+        path: of the files that are written, without suffix.
+        save: one of SAVE.
+        settings: everything else that decides the images; a run goes on only with the same.
+    """
+
+    labels: Labels
+    num_samples: int
+    block_size: int
+    path: Path
+    save: str
+    settings: dict
+
+    @property
+    def parts(self) -> Path:
+        """Folder of the blocks that are done."""
+        return self.path.parent / f".{self.path.name}.parts"
+
+    def part(self, first: int) -> Path:
+        """File of the block that starts at index `first`."""
+        return self.parts / f"{first:09d}.npz"
+
+
+@dataclass
+class SampleSet:
+    """Generated images.
+
+    Attributes:
         first: (min(N, 100), H, W, 3) uint8, the first of them.
         labels: (N,) int64.
         capacity: mean C_infer; None without MoE layers.
         nfe: evaluations of the model for each sample, guidance counting twice; the mean where an
             adaptive solver takes more for some blocks.
+        features: (N, D) by name, where they were measured.
+        made: samples that this run generated; the others were there.
     """
 
-    path: Path
     first: Tensor
     labels: np.ndarray
     capacity: float | None
     nfe: float
+    features: dict[str, np.ndarray]
+    made: int
 
 
 def generate_set(
     sampler: Sampler,
-    labels: Labels,
-    decode: Callable[[Tensor], Tensor],
-    num_samples: int,
-    block_size: int,
-    path: Path,
+    decode: Decode,
+    measure: Measure | None,
+    plan: SetPlan,
     processes: Processes,
 ) -> SampleSet | None:
-    """Write `num_samples` images to the `.npz` at `path`; the main process gets the result.
+    """Generate what `plan` says, a file for each finished block; the main process gets the result.
+
+    A run that was killed is taken up again: only blocks without a file are made.
 
     Args:
         sampler: makes the latents.
-        labels: the class of each sample.
-        decode: latents (B, C, h, w) -> images (B, H, W, 3) uint8.
-        num_samples: N.
-        block_size: B, samples per forward pass of a process.
-        path: of a file with `arr_0` (N, H, W, 3) uint8 and `labels` (N,) int64.
+        decode: makes images of them.
+        measure: makes features of the images, where they are wanted.
+        plan: of the set.
         processes: all of which call this function.
     """
-    parts = path.parent / f".{path.stem}.parts"
+    blocks = range(0, plan.num_samples, plan.block_size)
+    missing = None
     if processes.is_main:
-        shutil.rmtree(parts, ignore_errors=True)
-        parts.mkdir(parents=True)
-    processes.barrier()
-    blocks = range(0, num_samples, block_size)
-    mine = blocks[processes.rank :: processes.world_size]
-    kept_of = {first: min(block_size, num_samples - first) for first in mine}
-    with progress(None, processes, "sampling", "img", total=sum(kept_of.values())) as bar:
-        for first, kept in kept_of.items():
-            _write_block(sampler, labels, decode, range(first, first + block_size), kept, parts)
-            bar.update(kept)
+        _prepare(plan)
+        missing = [first for first in blocks if not plan.part(first).exists()]
+    missing = processes.from_main(missing)
+
+    def kept(first: int) -> int:
+        return min(plan.block_size, plan.num_samples - first)
+
+    mine = missing[processes.rank :: processes.world_size]
+    total = sum(kept(first) for first in mine)
+    with progress(None, processes, "sampling", "img", total=total) as bar:
+        for first in mine:
+            _write_block(sampler, decode, measure, plan, first, kept(first))
+            bar.update(kept(first))
     processes.barrier()
     if not processes.is_main:
         return None
-    result = _assemble([parts / f"{first:09d}.npz" for first in blocks], num_samples, path)
-    shutil.rmtree(parts)
+    result = _assemble(plan, blocks, sum(kept(first) for first in missing))
+    shutil.rmtree(plan.parts)
     return result
+
+
+def _prepare(plan: SetPlan) -> None:
+    """Make the folder of blocks, unless one with the same settings is there."""
+    about, settings = plan.parts / "settings.json", json.loads(json.dumps(plan.settings))
+    try:
+        if json.loads(about.read_text()) == settings:
+            return
+    except (OSError, ValueError):
+        pass
+    shutil.rmtree(plan.parts, ignore_errors=True)
+    plan.parts.mkdir(parents=True)
+    with complete_file(about) as temporary:
+        temporary.write_text(json.dumps(settings))
 
 
 def _write_block(
     sampler: Sampler,
-    label: Labels,
-    decode: Callable[[Tensor], Tensor],
-    indices: range,
+    decode: Decode,
+    measure: Measure | None,
+    plan: SetPlan,
+    first: int,
     kept: int,
-    parts: Path,
 ) -> None:
-    labels = [label(i) for i in indices]
+    indices = range(first, first + plan.block_size)
+    labels = [plan.labels(i) for i in indices]
     latents, cost = sampler.latents(indices, labels)
-    images = decode(latents)[:kept].cpu().numpy()
+    images = decode(latents)[:kept]
     capacity = cost.capacity()
-    measured = np.empty(0) if capacity is None else capacity[:kept].double().cpu().numpy()
-    with complete_file(parts / f"{indices[0]:09d}.npz") as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            images=images,
-            labels=np.array(labels[:kept]),
-            capacity=measured,
-            nfe=np.full(kept, cost.calls),
-        )
+    arrays = {
+        "labels": np.array(labels[:kept]),
+        "capacity": np.empty(0) if capacity is None else capacity[:kept].double().cpu().numpy(),
+        "nfe": np.full(kept, cost.calls),
+    }
+    if measure is not None:
+        features = measure(images)
+        arrays |= {f"feature {name}": x.float().cpu().numpy() for name, x in features.items()}
+    if plan.save == "images":
+        plan.path.mkdir(parents=True, exist_ok=True)
+        for index, image in zip(indices, images, strict=False):
+            save_png(image, plan.path / f"{index:06d}.png")
+    seen = len(images) if plan.save == "npz" else max(0, min(GRID_IMAGES - first, kept))
+    arrays["images"] = images[:seen].numpy()
+    with complete_file(plan.part(first)) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
-def _assemble(blocks: list[Path], num_samples: int, path: Path) -> SampleSet:
-    """Join the blocks into one `.npz`, a block at a time: 50,000 images need no memory."""
-    labels, capacities, evaluations, first = [], [], [], []
-    with complete_file(path) as temporary, NpzWriter(temporary) as archive:
-        for i, block in enumerate(blocks):
-            with np.load(block) as part:
-                images = part["images"]
-                labels.append(part["labels"])
-                capacities.append(part["capacity"])
-                evaluations.append(part["nfe"])
-            if len(first) < GRID_IMAGES:
-                first.extend(images[: GRID_IMAGES - len(first)])
-            if i == 0:
-                archive.begin("arr_0", images.dtype, (num_samples, *images.shape[1:]))
-            archive.append(images)
-        all_labels = np.concatenate(labels)
-        archive.begin("labels", all_labels.dtype, all_labels.shape)
-        archive.append(all_labels)
-    capacity = np.concatenate(capacities)
-    mean = float(capacity.mean()) if len(capacity) else None
-    nfe = float(np.concatenate(evaluations).mean())
-    return SampleSet(path, torch.from_numpy(np.stack(first)), all_labels, mean, nfe)
+def _assemble(plan: SetPlan, blocks: range, made: int) -> SampleSet:
+    """Join the blocks, one at a time: 50,000 images need no memory."""
+    joined: dict[str, list[np.ndarray]] = {}
+    first: list[np.ndarray] = []
+    with ExitStack() as stack:
+        archive = None
+        if plan.save == "npz":
+            out = plan.path.with_name(f"{plan.path.name}.npz")
+            archive = stack.enter_context(NpzWriter(stack.enter_context(complete_file(out))))
+        for block in blocks:
+            with np.load(plan.part(block)) as part:
+                arrays = dict(part)
+            images = arrays.pop("images")
+            first.extend(images[: max(0, GRID_IMAGES - len(first))])
+            for name, values in arrays.items():
+                joined.setdefault(name, []).append(values)
+            if archive is not None:
+                if block == 0:
+                    archive.begin("arr_0", images.dtype, (plan.num_samples, *images.shape[1:]))
+                archive.append(images)
+        whole = {name: np.concatenate(values) for name, values in joined.items()}
+        if archive is not None:
+            archive.begin("labels", whole["labels"].dtype, whole["labels"].shape)
+            archive.append(whole["labels"])
+    capacity = float(whole["capacity"].mean()) if len(whole["capacity"]) else None
+    features = {k.removeprefix("feature "): v for k, v in whole.items() if k.startswith("feature ")}
+    shown = torch.from_numpy(np.stack(first))
+    nfe = float(whole["nfe"].mean())
+    return SampleSet(shown, whole["labels"], capacity, nfe, features, made)

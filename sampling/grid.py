@@ -30,7 +30,7 @@ def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tens
     return grid
 
 
-def save_png(grid: Tensor, path: Path) -> None:
+def save_png(grid: Tensor, path: str | Path) -> None:
     """Write a picture (H, W, 3) uint8."""
-    with complete_file(path) as temporary:
+    with complete_file(Path(path)) as temporary:
         Image.fromarray(grid.numpy()).save(temporary, format="png")

@@ -34,5 +34,10 @@ def balanced_labels(num_classes: int, seed: int, num_samples: int) -> Labels:
     return lambda index: int(order[index]) if index < num_samples else beyond(index)
 
 
+def chosen_labels(classes: list[int], per_class: int) -> Labels:
+    """`per_class` samples of each of `classes` in turn, and over again beyond them."""
+    return lambda index: classes[index // per_class % len(classes)]
+
+
 LABELS = {"random": random_labels, "balanced": balanced_labels}
 """Label schemes by name: (num_classes, seed, num_samples) -> Labels."""

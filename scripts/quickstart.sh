@@ -45,17 +45,21 @@ stage $run/cache/manifest.json "Cache the latents" \
     --num_workers 0 --data_path $run/images/train --cached_path $run/cache
 stage $run/train/checkpoints/$checkpoint "Train DiffMoE" \
     $launch train.py --config config/quickstart.yaml --resume auto
+stage $run/classifier.safetensors "A digit classifier to score with" \
+    python -m evaluations.digits --data $run/images --out $run/classifier.safetensors
+features="--features digits --classifier $run/classifier.safetensors"
+stage $run/reference.npz "A reference of the training digits" \
+    python -m evaluations.make_reference $run/images/train $run/reference.npz --image-size 32 \
+    --num-workers 0 $features
 for scale in 1 2; do
     stage $run/samples/$checkpoint-ema-euler$sampler_steps-cfg$scale-b125-seed0-n500.json \
-        "Sample 500 digits at guidance $scale" \
+        "Sample 500 digits at guidance $scale, and score them" \
         $launch sample_ddp.py --ckpt $run/train --image-size 32 --num-fid-samples 500 \
         --per-proc-batch-size 125 --cfg-scale $scale --num-sampling-steps "$sampler_steps" \
-        --sample-dir $run/samples
+        --sample-dir $run/samples --metrics $run/reference.npz $features
 done
-stage $run/classifier.safetensors "A digit classifier to score them" \
-    python -m evaluations.digits train --data $run/images --out $run/classifier.safetensors
-stage $run/score.json "Score the samples" \
-    python -m evaluations.digits score --data $run/images \
-    --classifier $run/classifier.safetensors --out $run/score.json $run/samples/*.npz
+stage $run/heldout.json "Score the held-out digits for comparison" \
+    python -m evaluations.evaluate $run/reference.npz $run/images/val $features \
+    --metrics fd pr --out $run/heldout.json
 
 python scripts/quickstart_report.py $run

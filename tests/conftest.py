@@ -71,3 +71,23 @@ def make_cache(image_root, vae_folder):
 @pytest.fixture(scope="session")
 def cache_folder(make_cache, tmp_path_factory) -> Path:
     return make_cache(tmp_path_factory.mktemp("cache") / "small")
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory) -> Path:
+    """A weight file in torch-fidelity's format: random tensors that keep the scale of features."""
+    from evaluations.inception import Inception
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Inception()
+        for name, tensor in network.state_dict().items():
+            if name.endswith("conv.weight"):
+                torch.nn.init.kaiming_normal_(tensor, nonlinearity="relu")
+            if name.endswith("running_mean"):
+                tensor.normal_(std=0.1)
+            if name.endswith(("running_var", "bn.weight")):
+                tensor.uniform_(0.5, 1.5)
+    torch.save(network.state_dict(), path)
+    return path

@@ -1,23 +1,28 @@
 """The main job on a tiny setting: cache, train, sample, by the functions and by the commands."""
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config.load import parse_config
 from config.schema import FEED_FORWARDS, OBJECTIVES
 from core.distributed import Processes
 from core.errors import UserError
+from core.files import file_hash
 from data.latents import LatentCache
+from evaluations.sampled import parse_flags, sample_and_score
 from models.pretrained import load_pretrained
-from sampling.command import sample_from_checkpoint
-from sampling.flags import parse_flags
 from training.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +58,7 @@ def run_training(config, run_dir, *flags):
 def run_sampling(ckpt, out, *flags):
     argv = ["--ckpt", ckpt, "--sample-dir", out, "--num-fid-samples", 5]
     argv += ["--per-proc-batch-size", 4, *flags]
-    sample_from_checkpoint(parse_flags([str(a) for a in argv]), ALONE)
+    sample_and_score(parse_flags([str(a) for a in argv]), ALONE)
     return json.loads(next(out.glob("*.json")).read_text())
 
 
@@ -261,18 +266,70 @@ def test_one_and_two_processes_train_alike_and_sample_the_same_images(
     np.testing.assert_array_equal(archives[0]["labels"], archives[1]["labels"])
 
 
+@pytest.fixture(scope="module")
+def scoring(tmp_path_factory, inception_weights):
+    """Flags of scoring: a reference of random images, and a network with random weights."""
+    folder = tmp_path_factory.mktemp("scoring")
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    np.savez(folder / "ref.npz", arr_0=images)
+    flags = ["--metrics", folder / "ref.npz", "--inception-weights", inception_weights]
+    return [*flags, "--inception-sha256", file_hash(inception_weights)]
+
+
+@pytest.mark.slow
+def test_scores_do_not_depend_on_processes_or_kills(trained, scoring, tmp_path):
+    base = ["sample_ddp.py", "--ckpt", trained, "--num-fid-samples", 10, "--device", "cpu"]
+    base += ["--per-proc-batch-size", 2, "--cfg-scale", 1.5, "--save", "none", *scoring]
+    folders = [tmp_path / name for name in ("one", "two", "killed")]
+    torchrun(1, *base, "--sample-dir", folders[0])
+    torchrun(2, *base, "--sample-dir", folders[1])
+    argv = [*map(str, base), "--sample-dir", str(folders[2])]
+    launcher = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            *argv,
+        ],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    parts = folders[2].glob
+    end = time.monotonic() + 120
+    while not list(parts(".*.parts/0*.npz")):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    for pid in (launcher.pid, *map(int, ranks)):
+        os.kill(pid, signal.SIGKILL)
+    launcher.wait()
+    done = len(list(parts(".*.parts/0*.npz")))
+    assert 1 <= done < 5
+    torchrun(1, *base, "--sample-dir", folders[2])
+    sets = [dict(np.load(next(folder.glob("*.features.npz")))) for folder in folders]
+    records = [json.loads(next(folder.glob("*.json")).read_text()) for folder in folders]
+    assert sets[0]["pool"].shape == (10, 2048)
+    for other, record in zip(sets[1:], records[1:], strict=True):
+        for name, values in sets[0].items():
+            np.testing.assert_array_equal(values, other[name])
+        assert record["scores"] == records[0]["scores"]
+    assert set(records[0]["scores"]) == {"FID", "sFID", "IS", "precision", "recall"}
+    assert not list(folders[0].glob("*step*[0-9].npz"))
+
+
 def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "train").symlink_to(trained)
-    marks = {"samples": 5, "accuracy": 0.5, "precision": 0.25, "recall": 0.125, "FD-digits": 2.0}
-    files = {}
+    marks = {"accuracy": 0.5, "precision": 0.25, "recall": 0.125, "FD-digits": 2.0}
     for scale in (1, 2):
         run_sampling(trained, run / "samples", "--cfg-scale", scale)
-    for path in (run / "samples").glob("*.npz"):
-        files[str(path)] = marks
-    score = {"settings": {"train_images": 23}, "heldout_accuracy": 0.98, "files": files}
-    (run / "score.json").write_text(json.dumps(score | {"train_to_heldout": {"FD-digits": 0.5}}))
+    for path in (run / "samples").glob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"scores": marks}))
+    heldout = {"reference_images": 23, "scores": marks | {"FD-digits": 0.5}}
+    (run / "heldout.json").write_text(json.dumps(heldout))
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "quickstart_report.py", run],
         capture_output=True,
@@ -283,8 +340,19 @@ def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     assert (rows["training images"], rows["steps"]) == ("23", "4")
     assert rows["class accuracy of 5, guidance 2"] == "0.5000"
-    assert rows["FD-digits, training to held-out"] == "0.500"
+    assert rows["FD-digits of held-out digits"] == "0.500"
     assert float(rows["mean C_infer, guidance 1"]) > 0
+
+
+def test_the_readmes_python_example(trained, tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    block = re.search(r"```python\n(from data\.vae.*?)```", text, re.DOTALL)[1]
+    block = block.replace("runs/quickstart/train", str(trained))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert names["images"].shape == (4, 16, 16, 3)
+    assert Image.open("four.png").size == (34, 34)
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample_ddp.py", "main_cache.py"])
@@ -297,7 +365,7 @@ def test_help_of_the_commands(script):
         "train.py": "--config --optim.lr --resume --model.feed_forward.num_experts",
         "sample_ddp.py": "--ckpt --image-size --num-classes --cfg-scale --num-sampling-steps "
         "--global-seed --per-proc-batch-size --num-fid-samples --sample-dir --vae --tf32 "
-        "--sampler --sampling-method --atol --rtol",
+        "--sampler --sampling-method --atol --rtol --metrics --save --classes --num-per-class",
         "main_cache.py": "--img_size --vae_path --data_path --cached_path --batch_size",
     }
     for flag in flags[script].split():

@@ -7,9 +7,9 @@ import torch
 from core.errors import UserError
 from evaluations.metrics import (
     frechet_distance,
-    in_manifold,
     inception_score,
     manifold_radii,
+    memberships,
     precision_recall,
     statistics,
 )
@@ -96,8 +96,10 @@ def test_precision_recall_on_a_line():
     np.testing.assert_array_equal(manifold_radii(reference, 1), np.ones(5))
     np.testing.assert_array_equal(manifold_radii(reference, 3), [9, 4, 4, 4, 9])
     samples = np.array([[0.5], [5.0], [5.5], [100.0]])
-    inside = in_manifold(samples, reference, manifold_radii(reference, 1))
+    radii = manifold_radii(reference, 1), manifold_radii(samples, 1)
+    covered, inside = memberships(reference, samples, *radii)
     assert inside.tolist() == [True, True, False, False]
+    assert covered.tolist() == [True] * 5
     # Radii of the samples, squared: 20.25, 0.25, 0.25, 94.5^2; the last reaches no further than
     # 5.5 and the first as far as 5: all of the reference is covered.
     assert precision_recall(reference, samples, k=1) == (0.5, 1.0)

@@ -8,7 +8,7 @@ import pytest
 from config.protocol import known_protocols, load_protocol
 from config.schema import Config, DDPMConfig, SamplingConfig
 from core.errors import ConfigError, UserError
-from sampling.flags import parse_flags, resolve
+from sampling.flags import resolve, sampling_parser
 
 
 def checkpoint(objective="flow"):
@@ -19,7 +19,7 @@ def checkpoint(objective="flow"):
 
 
 def resolved(*flags, objective="flow"):
-    return resolve(parse_flags(["--ckpt", "CKPT", *flags]), checkpoint(objective))
+    return resolve(sampling_parser().parse_args(["--ckpt", "CKPT", *flags]), checkpoint(objective))
 
 
 @pytest.mark.parametrize("name", known_protocols())

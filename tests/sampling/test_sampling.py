@@ -5,16 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config.schema import DiffMoEConfig, ModelConfig, SamplingConfig
 from core.distributed import Processes
 from core.types import ModelOutput, RoutingRecord
 from data.vae import to_uint8
 from models.build import build_model
-from sampling.generate import Sampler, generate_set
+from sampling.generate import Sampler, SetPlan, generate_set
 from sampling.grid import image_grid, save_png
 from sampling.guidance import CapacityMeter, Guided
-from sampling.labels import balanced_labels, random_labels
+from sampling.labels import balanced_labels, chosen_labels, random_labels
 from transport.objective import Flow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -97,13 +98,20 @@ def sampler():
     return Sampler(model, Flow(), settings, (4, 4, 4), 7, torch.device("cpu"))
 
 
-def run(sampler, path, processes=ALONE, num_samples=10):
-    return generate_set(sampler, LABEL, decode, num_samples, 4, path, processes)
+def measure(images):
+    """Stands for a network: mean and largest value of each image."""
+    x = images.float().flatten(1)
+    return {"pool": torch.stack([x.mean(1), x.amax(1)], dim=1)}
+
+
+def run(sampler, path, processes=ALONE, num_samples=10, measure=None, save="npz", **settings):
+    plan = SetPlan(LABEL, num_samples, 4, path, save, settings)
+    return generate_set(sampler, decode, measure, plan, processes)
 
 
 def test_a_set_has_its_images_labels_and_capacity(sampler, tmp_path):
-    result = run(sampler, tmp_path / "a.npz")
-    with np.load(result.path, allow_pickle=False) as archive:
+    result = run(sampler, tmp_path / "a")
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
         images, labels = archive["arr_0"], archive["labels"]
     assert (images.shape, images.dtype) == ((10, 4, 4, 3), np.uint8)
     assert labels.tolist() == [LABEL(i) for i in range(10)] == result.labels.tolist()
@@ -121,7 +129,7 @@ def test_a_set_has_its_images_labels_and_capacity(sampler, tmp_path):
 
 def test_a_longer_set_begins_with_the_shorter_one(sampler, tmp_path):
     """The last block is computed full, although routing looks at the whole batch."""
-    short, long = run(sampler, tmp_path / "a.npz"), run(sampler, tmp_path / "b.npz", ALONE, 16)
+    short, long = run(sampler, tmp_path / "a"), run(sampler, tmp_path / "b", ALONE, 16)
     assert torch.equal(short.first, long.first[:10])
 
 
@@ -130,12 +138,72 @@ def test_more_processes_than_blocks_leave_some_idle(sampler, tmp_path):
         def barrier(self):
             pass
 
-    path = tmp_path / "a.npz"
-    whole = run(sampler, tmp_path / "whole.npz", num_samples=3)
+        def from_main(self, value):
+            return [] if value is None else value
+
+    whole = run(sampler, tmp_path / "whole", num_samples=3)
     main = Silent(0, 2, torch.device("cpu"))
-    result = run(sampler, path, main, num_samples=3)
-    assert run(sampler, path, Silent(1, 2, torch.device("cpu")), num_samples=3) is None
+    result = run(sampler, tmp_path / "a", main, num_samples=3)
+    assert run(sampler, tmp_path / "a", Silent(1, 2, torch.device("cpu")), num_samples=3) is None
     assert torch.equal(result.first, whole.first)
+
+
+class KilledError(Exception):
+    pass
+
+
+def run_until(sampler, blocks, path, **options):
+    """A run that dies after so many blocks."""
+    made = []
+
+    def dying(latents):
+        if len(made) == blocks:
+            raise KilledError
+        made.append(None)
+        return decode(latents)
+
+    plan = SetPlan(LABEL, 10, 4, path, "npz", options)
+    with pytest.raises(KilledError):
+        generate_set(sampler, dying, measure, plan, ALONE)
+
+
+def test_an_interrupted_set_goes_on_and_is_the_same(sampler, tmp_path):
+    whole = run(sampler, tmp_path / "whole", measure=measure)
+    run_until(sampler, 2, tmp_path / "a")
+    result = run(sampler, tmp_path / "a", measure=measure)
+    assert (whole.made, result.made) == (10, 2)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    np.testing.assert_array_equal(result.features["pool"], whole.features["pool"])
+    assert (result.capacity, result.nfe) == (whole.capacity, whole.nfe)
+    images = np.load(tmp_path / "a.npz")["arr_0"].reshape(10, -1)
+    np.testing.assert_allclose(result.features["pool"][:, 0], images.mean(1), rtol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "whole.npz"]
+
+
+def test_blocks_of_other_settings_are_not_taken(sampler, tmp_path):
+    run_until(sampler, 2, tmp_path / "a", checkpoint="one")
+    result = run(sampler, tmp_path / "a", measure=measure, checkpoint="another")
+    assert result.made == 10
+
+
+@pytest.mark.parametrize("save", ["images", "none"])
+def test_images_as_files_or_not_at_all(sampler, tmp_path, save):
+    whole = run(sampler, tmp_path / "whole", measure=measure)
+    result = run(sampler, tmp_path / "a", measure=measure, save=save)
+    np.testing.assert_array_equal(result.features["pool"], whole.features["pool"])
+    assert torch.equal(result.first, whole.first)
+    assert not (tmp_path / "a.npz").exists()
+    if save == "images":
+        files = sorted((tmp_path / "a").iterdir())
+        assert [file.name for file in files] == [f"{i:06d}.png" for i in range(10)]
+        images = np.load(tmp_path / "whole.npz")["arr_0"]
+        for file, image in zip(files, images, strict=True):
+            np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
+
+
+def test_chosen_labels():
+    label = chosen_labels([207, 5], 3)
+    assert [label(i) for i in range(8)] == [207, 207, 207, 5, 5, 5, 207, 207]
 
 
 def test_random_labels_are_uniform_and_seeded():
@@ -158,12 +226,12 @@ def test_balanced_labels_count_equally_in_shuffled_order():
 def test_model_evaluations_are_counted(sampler, tmp_path, method, nfe):
     """Three steps, each with the conditional and the unconditional call."""
     settings = dataclasses.replace(sampler.settings, sampler=method)
-    result = run(dataclasses.replace(sampler, settings=settings), tmp_path / "a.npz")
+    result = run(dataclasses.replace(sampler, settings=settings), tmp_path / "a")
     assert result.nfe == nfe
     free = dataclasses.replace(settings, cfg_scale=1.0)
-    assert run(dataclasses.replace(sampler, settings=free), tmp_path / "b.npz").nfe == nfe / 2
+    assert run(dataclasses.replace(sampler, settings=free), tmp_path / "b").nfe == nfe / 2
     joint = dataclasses.replace(settings, cfg_pooling="joint")
-    assert run(dataclasses.replace(sampler, settings=joint), tmp_path / "c.npz").nfe == nfe
+    assert run(dataclasses.replace(sampler, settings=joint), tmp_path / "c").nfe == nfe
 
 
 def test_grid(tmp_path):
