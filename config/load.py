@@ -7,6 +7,7 @@ from what stood below, so that `--model.feed_forward.name dense` works on any fi
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import re
@@ -57,6 +58,11 @@ def load_config(path: Path) -> Config:
     config = _finish(parser.get_defaults().as_dict(), default_run=_run_name(str(path)))
     validate(config, world_size=None)
     return config
+
+
+def build_config(values: dict) -> Config:
+    """The config of a record: plain nested values with every key resolved, as `to_plain` gives."""
+    return _finish(copy.deepcopy(values), default_run="")
 
 
 def typed_file(path: Path, kind: type) -> Any:

@@ -77,6 +77,8 @@ def sample_from_checkpoint(
     vae = VAE(protocol.vae, processes.device)
     _check_vae(vae, pretrained)
     sampler = Sampler.of(pretrained, protocol.sampling, flags.global_seed, processes.device)
+    sampler.record = flags.capacity
+    num_classes = max(pretrained.config.model.num_classes, 1)
     settings = _settings(flags, pretrained, protocol, vae) | (measured or {})
     plan = SetPlan(
         _labels(flags, protocol, pretrained.config.model.num_classes),
@@ -84,6 +86,7 @@ def sample_from_checkpoint(
         protocol.per_proc_batch_size,
         flags.sample_dir / _name(flags, pretrained, protocol),
         flags.save,
+        num_classes,
         settings,
     )
     began = time.perf_counter()
@@ -175,8 +178,10 @@ def _settings(
         "vae": vae.path,
         "vae_sha256": vae.weights_hash(),
         "save": flags.save,
+        "capacity": flags.capacity,
         "tf32": flags.tf32,
         "dtype": "float32",
+        "class_names": (pretrained.state["latents"] or {}).get("class_names", []),
         "config": to_plain(dataclasses.asdict(pretrained.config)),
     }
 
@@ -198,6 +203,10 @@ def _measured(result: SampleSet, seconds: float, processes: Processes) -> dict[s
 def _report(plan: SetPlan, result: SampleSet, record: dict[str, Any]) -> Outcome:
     """The grid of the first images beside the set; the record is left to be written."""
     save_png(image_grid(result.first), plan.path.with_name(f"{plan.path.name}.png"))
+    if result.routing is not None:
+        out = plan.path.with_name(f"{plan.path.name}.capacity.npz")
+        with complete_file(out) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **vars(result.routing), labels=result.labels)
     capacity = "none" if result.capacity is None else f"{result.capacity:.3f}"
     log.info(
         "%s: %d images, NFE %g, mean C_infer %s",

@@ -43,6 +43,7 @@ def sampling_parser() -> argparse.ArgumentParser:
     add("--tf32", action="store_true", help="TF32 matrix products on GPUs: faster, less exact")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if any")
     add("--save", choices=SAVE, default="npz", help="images: one PNG each; default npz")
+    add("--capacity", action="store_true", help="record where the computation goes")
     add("--classes", type=_classes, help="only these, such as 207,360, for a look")
     add("--num-per-class", type=_positive, default=8, help="with --classes; default 8")
     _add_sampling(parser.add_argument_group("sampling (default: the checkpoint's config)"))

@@ -29,6 +29,7 @@ from sampling.grid import save_png
 from sampling.guidance import CapacityMeter, Guided
 from sampling.labels import Labels
 from sampling.objectives import build_objective
+from sampling.recorder import RoutingRecorder, RoutingTable
 
 GRID_IMAGES = 100
 
@@ -44,6 +45,7 @@ class Sampler:
         latent_shape: (C, H, W).
         seed: of the noise.
         device: where the model is.
+        record: keep where the computation goes.
     """
 
     model: DiT
@@ -52,6 +54,7 @@ class Sampler:
     latent_shape: tuple[int, int, int]
     seed: int
     device: torch.device
+    record: bool = False
 
     @classmethod
     def of(
@@ -78,7 +81,10 @@ class Sampler:
         generators = [generator(self.seed, "sample noise", i) for i in indices]
         draw = SampleNoise(generators, self.latent_shape, self.device)
         cond = torch.tensor(labels, device=self.device)
-        meter = CapacityMeter(self.model, len(indices))
+        model = self.model
+        if self.record:
+            model = RoutingRecorder(self.model, self.model.null_condition, len(indices))
+        meter = CapacityMeter(model, len(indices))
         guided = Guided(meter, self.model.null_condition, self.settings)
         latents = self.objective.sample(guided, draw(), cond, self.settings, draw)
         return latents, meter
@@ -104,6 +110,7 @@ class SetPlan:
         block_size: B, samples per forward pass of a process.
         path: of the files that are written, without suffix.
         save: one of SAVE.
+        num_classes: K.
         settings: everything else that decides the images; a run goes on only with the same.
     """
 
@@ -112,6 +119,7 @@ class SetPlan:
     block_size: int
     path: Path
     save: str
+    num_classes: int
     settings: dict
 
     @property
@@ -136,6 +144,7 @@ class SampleSet:
             adaptive solver takes more for some blocks.
         features: (N, D) by name, where they were measured.
         made: samples that this run generated; the others were there.
+        routing: where the computation went, if that was recorded.
     """
 
     first: Tensor
@@ -144,6 +153,7 @@ class SampleSet:
     nfe: float
     features: dict[str, np.ndarray]
     made: int
+    routing: RoutingTable | None
 
 
 def generate_set(
@@ -229,6 +239,8 @@ def _write_block(
             save_png(image, plan.path / f"{index:06d}.png")
     seen = len(images) if plan.save == "npz" else max(0, min(GRID_IMAGES - first, kept))
     arrays["images"] = images[:seen].numpy()
+    if sampler.record:
+        arrays |= {f"routing {k}": v for k, v in cost.model.arrays(kept).items()}
     with complete_file(plan.part(first)) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
@@ -237,6 +249,7 @@ def _assemble(plan: SetPlan, blocks: range, made: int) -> SampleSet:
     """Join the blocks, one at a time: 50,000 images need no memory."""
     joined: dict[str, list[np.ndarray]] = {}
     first: list[np.ndarray] = []
+    routing = None
     with ExitStack() as stack:
         archive = None
         if plan.save == "npz":
@@ -247,6 +260,10 @@ def _assemble(plan: SetPlan, blocks: range, made: int) -> SampleSet:
                 arrays = dict(part)
             images = arrays.pop("images")
             first.extend(images[: max(0, GRID_IMAGES - len(first))])
+            block_routing = _pop(arrays, "routing ")
+            if block_routing:
+                routing = routing or RoutingTable.start(block_routing, plan.num_classes)
+                routing.add(block_routing, arrays["labels"])
             for name, values in arrays.items():
                 joined.setdefault(name, []).append(values)
             if archive is not None:
@@ -258,7 +275,13 @@ def _assemble(plan: SetPlan, blocks: range, made: int) -> SampleSet:
             archive.begin("labels", whole["labels"].dtype, whole["labels"].shape)
             archive.append(whole["labels"])
     capacity = float(whole["capacity"].mean()) if len(whole["capacity"]) else None
-    features = {k.removeprefix("feature "): v for k, v in whole.items() if k.startswith("feature ")}
+    features = _pop(whole, "feature ")
     shown = torch.from_numpy(np.stack(first))
     nfe = float(whole["nfe"].mean())
-    return SampleSet(shown, whole["labels"], capacity, nfe, features, made)
+    return SampleSet(shown, whole["labels"], capacity, nfe, features, made, routing)
+
+
+def _pop(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """Take out the arrays whose names start with `prefix`, and name them without it."""
+    names = [name for name in arrays if name.startswith(prefix)]
+    return {name.removeprefix(prefix): arrays.pop(name) for name in names}

@@ -52,11 +52,14 @@ stage $run/reference.npz "A reference of the training digits" \
     python -m evaluations.make_reference $run/images/train $run/reference.npz --image-size 32 \
     --num-workers 0 $features
 for scale in 1 2; do
-    stage $run/samples/$checkpoint-ema-euler$sampler_steps-cfg$scale-b125-seed0-n500.json \
+    name=$checkpoint-ema-euler$sampler_steps-cfg$scale-b125-seed0-n500
+    stage $run/samples/$name.json \
         "Sample 500 digits at guidance $scale, and score them" \
         $launch sample_ddp.py --ckpt $run/train --image-size 32 --num-fid-samples 500 \
         --per-proc-batch-size 125 --cfg-scale $scale --num-sampling-steps "$sampler_steps" \
-        --sample-dir $run/samples --metrics $run/reference.npz $features
+        --sample-dir $run/samples --metrics $run/reference.npz $features --capacity
+    stage $run/samples/$name.steps.png "Where the computation goes at guidance $scale" \
+        python -m evaluations.capacity $run/samples/$name.json
 done
 stage $run/heldout.json "Score the held-out digits for comparison" \
     python -m evaluations.evaluate $run/reference.npz $run/images/val $features \

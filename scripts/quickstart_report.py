@@ -11,7 +11,8 @@ from pathlib import Path
 def main(run: Path) -> None:
     """Read the records below `run` and print one line for each figure."""
     entries = [json.loads(line) for line in (run / "train/metrics.jsonl").read_text().splitlines()]
-    records = {path: json.loads(path.read_text()) for path in sorted(run.glob("samples/*.json"))}
+    sets = [p for p in sorted(run.glob("samples/*.json")) if ".capacity" not in p.name]
+    records = {path: json.loads(path.read_text()) for path in sets}
     heldout = json.loads((run / "heldout.json").read_text())
     rates = sorted(entry["images_per_second"] for entry in entries)
     rows = [
@@ -35,6 +36,7 @@ def main(run: Path) -> None:
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("\n" + "\n".join(f"{n:<{width}}  {v:>8}" for n, v in rows) + "\n")
     grids = ", ".join(str(path.with_suffix(".png")) for path in records)
+    grids += f"; where the computation goes: {run / 'samples'}/*.steps.png and its like"
     sys.stdout.write(f"\nPictures: {grids}\nTensorBoard: tensorboard --logdir {run / 'train'}\n")
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import latent_loader, moe_layer, train_step
+from benchmarks import latent_loader, metrics, moe_layer, train_step
 from benchmarks.measure import activation_memory
 from benchmarks.pseudo_code import Algorithm3
 from config.schema import DiffMoEConfig
@@ -59,6 +59,15 @@ def test_a_table_of_loaders(tmp_path, capsys):
     assert found["facts"]["s to open 1,281,167 images"] > 0
     assert "40 latents, batches of 8" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_table_of_metrics(tmp_path, capsys):
+    sizes = ["--samples", "40", "--references", "20", "--width", "8"]
+    metrics.main([*sizes, "--out", str(tmp_path / "metrics.json")])
+    rows = json.loads((tmp_path / "metrics.json").read_text())["rows"]
+    assert [row["what"] for row in rows][2:] == ["Fréchet distance", "precision and recall"]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert "40 samples, 20 references" in capsys.readouterr().out
 
 
 def test_thresholds_settle_where_capacity_is_one():

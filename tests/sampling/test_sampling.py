@@ -105,7 +105,7 @@ def measure(images):
 
 
 def run(sampler, path, processes=ALONE, num_samples=10, measure=None, save="npz", **settings):
-    plan = SetPlan(LABEL, num_samples, 4, path, save, settings)
+    plan = SetPlan(LABEL, num_samples, 4, path, save, 3, settings)
     return generate_set(sampler, decode, measure, plan, processes)
 
 
@@ -162,7 +162,7 @@ def run_until(sampler, blocks, path, **options):
         made.append(None)
         return decode(latents)
 
-    plan = SetPlan(LABEL, 10, 4, path, "npz", options)
+    plan = SetPlan(LABEL, 10, 4, path, "npz", 3, options)
     with pytest.raises(KilledError):
         generate_set(sampler, dying, measure, plan, ALONE)
 
@@ -199,6 +199,23 @@ def test_images_as_files_or_not_at_all(sampler, tmp_path, save):
         images = np.load(tmp_path / "whole.npz")["arr_0"]
         for file, image in zip(files, images, strict=True):
             np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
+
+
+def test_recorded_pairs_add_up_to_the_measured_capacity(sampler, tmp_path):
+    plain = run(sampler, tmp_path / "plain")
+    recording = dataclasses.replace(sampler, record=True)
+    result = run(recording, tmp_path / "a")
+    assert plain.routing is None
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "plain.npz").read_bytes()
+    table = result.routing
+    T, halves, L, E, K = table.pairs.shape
+    assert (T, halves, L, E, K) == (3, 2, 1, 4, 3)  # every second block is MoE
+    assert table.samples[0].sum(axis=-1).tolist() == [10, 10]
+    assert table.samples[0, 0].tolist() == np.bincount(result.labels, minlength=3).tolist()
+    total = table.pairs.sum() / (T * halves * L * 10 * table.tokens)
+    assert total == pytest.approx(result.capacity, rel=1e-6)
+    np.testing.assert_allclose(table.times, [0, 1 / 3, 2 / 3], rtol=1e-6)
+    assert table.maps.shape == (3, 4, 16)
 
 
 def test_chosen_labels():

@@ -1,0 +1,154 @@
+"""python -m evaluations.capacity SET.json [--out DIR]
+
+Where the computation of a set of samples went: numbers and figures from what `sample_ddp.py
+--capacity` recorded beside SET.json.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from config.load import build_config
+from core.errors import UserError, command
+from core.files import complete_file
+from core.logging import get_logger
+from evaluations.figures import class_figure, expert_figure, map_figure, save_figure, step_figure
+from models.summary import summarize
+from sampling.recorder import RoutingTable
+
+SIDES = ("conditional", "unconditional")
+
+
+@dataclass
+class CapacityRun:
+    """What a set left.
+
+    Attributes:
+        path: its JSON.
+        record: the settings in it.
+        table: pairs by evaluation, half, layer, expert and class.
+        labels: (N,) class of each sample.
+    """
+
+    path: Path
+    record: dict
+    table: RoutingTable
+    labels: np.ndarray
+
+    def beside(self, suffix: str) -> Path:
+        """The set's other file of that suffix."""
+        return self.path.with_name(f"{self.path.stem}{suffix}")
+
+
+def read_run(path: Path) -> CapacityRun:
+    """A set that was sampled with --capacity.
+
+    Raises:
+        UserError: a file is missing or unreadable.
+    """
+    try:
+        record = json.loads(path.read_text())
+        with np.load(path.with_name(f"{path.stem}.capacity.npz"), allow_pickle=False) as file:
+            arrays = dict(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; sample with --capacity") from error
+    labels = arrays.pop("labels")
+    arrays["tokens"] = int(arrays["tokens"])
+    return CapacityRun(path, record, RoutingTable(**arrays), labels)
+
+
+def over_classes(table: RoutingTable) -> np.ndarray:
+    """(T, 2, L, E) share of the tokens that each expert computed; NaN where a half was not run."""
+    tokens = table.samples.sum(axis=-1)[:, :, None, None] * table.tokens
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return table.pairs.sum(axis=-1) / np.where(tokens > 0, tokens, np.nan)
+
+
+def average(table: RoutingTable) -> float:
+    """C_infer over layers and model evaluations (Eq. 15), every sample counting the same."""
+    tokens = table.samples.sum() * table.tokens * table.pairs.shape[2]
+    return float(table.pairs.sum() / tokens)
+
+
+def by_class(table: RoutingTable, half: int = 0) -> np.ndarray:
+    """(K,) C_infer of each class, NaN for classes without a sample."""
+    tokens = table.samples[:, half].sum(axis=0) * table.tokens * table.pairs.shape[2]
+    pairs = table.pairs[:, half].sum(axis=(0, 1, 2))
+    return pairs / np.where(tokens > 0, tokens, np.nan)
+
+
+def numbers(run: CapacityRun) -> dict[str, float]:
+    """C_infer and activated parameters of a set."""
+    shares = over_classes(run.table)
+    found = {"C_infer (Eq. 15)": average(run.table)}
+    for half, name in enumerate(SIDES):
+        if run.table.samples[:, half].any():
+            found[f"C_infer, {name}"] = float(np.nanmean(shares[:, half].sum(axis=-1)))
+    summary = summarize(build_config(run.record["config"]).model)
+    capacity = found["C_infer (Eq. 15)"]
+    found["activated parameters, counted"] = summary.activated(capacity)
+    found["activated parameters, Eq. 40"] = summary.activated_by_equation(capacity)
+    return found
+
+
+def draw(run: CapacityRun, out: Path) -> list[Path]:
+    """All figures of a set, as PNGs in `out`."""
+    shares = over_classes(run.table)
+    layers = shares.sum(axis=-1)  # (T, 2, L)
+    names = run.record.get("class_names") or [str(i) for i in range(run.table.pairs.shape[-1])]
+    figures = {
+        "steps": step_figure(layers, SIDES),
+        "experts": expert_figure(shares[:, 0]),
+        "maps": map_figure(run.table.times, run.table.maps, _images(run, len(run.table.maps[0]))),
+    }
+    classes = by_class(run.table)
+    if np.isfinite(classes).sum() > 1:
+        figures["classes"] = class_figure(classes, names, run.labels, _images(run, None))
+    paths = []
+    for name, figure in figures.items():
+        paths.append(out / f"{run.path.stem}.{name}.png")
+        save_figure(figure, paths[-1])
+    return paths
+
+
+def _images(run: CapacityRun, count: int | None) -> np.ndarray | None:
+    """The first images of the set, where it kept them."""
+    path = run.beside(".npz")
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        return file["arr_0"][:count]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluations.capacity", description=__doc__.split("\n\n")[1]
+    )
+    parser.add_argument("set", type=Path, help="JSON of a set sampled with --capacity")
+    parser.add_argument("--out", type=Path, help="folder of the figures; default: beside the set")
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    """Parse the command line, print the numbers and draw the figures."""
+    flags = _parse()
+    run = read_run(flags.set)
+    out = flags.out or flags.set.parent
+    out.mkdir(parents=True, exist_ok=True)
+    found = numbers(run)
+    for name, value in found.items():
+        text = f"{value / 1e6:.2f} M" if "parameters" in name else f"{value:.4f}"
+        sys.stdout.write(f"{name}: {text}\n")
+    with complete_file(out / f"{run.path.stem}.capacity.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=2) + "\n")
+    for path in draw(run, out):
+        get_logger("evaluations.capacity").info("%s", path)
+
+
+if __name__ == "__main__":
+    main()

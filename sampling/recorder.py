@@ -1,0 +1,141 @@
+"""Where the computation goes while a model samples, recorded by a wrapper around it.
+
+Shapes: B samples, S tokens of one sample, T evaluations of the model, L MoE layers, E experts,
+K classes. A half is the conditional (0) or the unconditional side (1) of guidance.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.errors import UserError
+from core.types import Model, ModelOutput, RoutingRecord
+
+HALVES = 2
+MAPS = 8
+"""Samples of the set whose tokens are mapped."""
+
+
+class RoutingRecorder:
+    """Counts of token-expert pairs by evaluation, half, layer, sample and expert.
+
+    Args:
+        model: what is called, on whole batches of the samples or on both halves joined.
+        null_condition: gives the unconditional side of a condition.
+        batch_size: B.
+    """
+
+    def __init__(self, model: Model, null_condition: Callable[[Tensor], Tensor], batch_size: int):
+        self.model, self.null_condition, self.batch_size = model, null_condition, batch_size
+        self.times: list[float] = []
+        self.counts: list[list[Tensor | None]] = []
+        self.maps: list[Tensor] = []
+        self.num_tokens = 0
+        self.conditional = False
+        """Whether the last call was a conditional half alone."""
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
+        output = self.model(x, t, cond)
+        if not output.routing:
+            return output
+        counts = torch.stack([record.counts for record in output.routing])  # (L, B or 2B, E)
+        self.num_tokens = output.routing[0].num_tokens
+        free = bool((cond == self.null_condition(cond)).all())
+        if free and self.conditional:  # the other half of the call before
+            self.counts[-1][1] = counts
+            self.conditional = False
+            return output
+        self.conditional = not free
+        sides = [*counts.split(self.batch_size, dim=1), None]
+        self.conditional &= len(x) == self.batch_size
+        self.times.append(float(t[0]))
+        self.counts.append(sides[:HALVES])
+        self.maps.append(self._map(output.routing, len(x)))
+        return output
+
+    def _map(self, routing: list[RoutingRecord], samples: int) -> Tensor:
+        """(min(B, MAPS), S) mean pairs of each token over the layers."""
+        shown, tokens = min(self.batch_size, MAPS), self.num_tokens
+        masks = [r.token_mask(samples * tokens).sum(dim=1) for r in routing if r.plan is not None]
+        if not masks:
+            return torch.zeros(shown, tokens)
+        return torch.stack(masks).float().mean(dim=0).view(samples, tokens)[:shown].cpu()
+
+    def arrays(self, kept: int) -> dict[str, np.ndarray]:
+        """Of the first `kept` samples.
+
+        Returns:
+            `counts` (T, 2, L, kept, E) int32, -1 where a half was not computed; `times` (T,);
+            `tokens` S; `maps` (T, min(B, MAPS), S) float16. Empty for a model without MoE layers.
+        """
+        if not self.counts:
+            return {}
+        rows = []
+        for sides in self.counts:
+            absent = torch.full_like(sides[0], -1)
+            rows.append(torch.stack([absent if side is None else side for side in sides]))
+        counts = torch.stack(rows)[:, :, :, :kept].to("cpu", torch.int32)
+        return {
+            "counts": counts.numpy(),
+            "times": np.array(self.times),
+            "tokens": np.array(self.num_tokens),
+            "maps": torch.stack(self.maps)[:, :kept].half().numpy(),
+        }
+
+
+@dataclass
+class RoutingTable:
+    """Pairs of a whole set, summed over the samples of each class.
+
+    Attributes:
+        times: (T,) of the evaluations, in their order.
+        pairs: (T, 2, L, E, K) int64.
+        samples: (T, 2, K) int64, samples of each class that were computed.
+        tokens: S.
+        maps: (T, M, S) mean pairs of each token over the layers, of the first samples of the set.
+    """
+
+    times: np.ndarray
+    pairs: np.ndarray
+    samples: np.ndarray
+    tokens: int
+    maps: np.ndarray
+
+    @classmethod
+    def start(cls, block: dict[str, np.ndarray], num_classes: int) -> "RoutingTable":
+        """An empty table of the shape of a block's arrays; the block gives the maps."""
+        evaluations, halves, layers, _, experts = block["counts"].shape
+        return cls(
+            block["times"],
+            np.zeros((evaluations, halves, layers, experts, num_classes), np.int64),
+            np.zeros((evaluations, halves, num_classes), np.int64),
+            int(block["tokens"]),
+            block["maps"],
+        )
+
+    def add(self, block: dict[str, np.ndarray], labels: np.ndarray) -> None:
+        """Add a block's counts (T, 2, L, B, E), of samples with `labels` (B,).
+
+        Raises:
+            UserError: the block took other steps, as adaptive solvers do.
+        """
+        if not np.array_equal(block["times"], self.times):
+            raise UserError("--capacity: blocks took different steps; use a solver of fixed steps")
+        counts = block["counts"]
+        there = counts[:, :, 0, :, 0] >= 0  # (T, 2, B)
+        for sample, label in enumerate(labels):
+            seen = there[:, :, sample]
+            self.samples[:, :, label] += seen
+            self.pairs[..., label] += counts[:, :, :, sample] * seen[:, :, None, None]
+
+    def capacity(self) -> np.ndarray:
+        """(T, 2, L, E, K) share of the class's tokens that each expert computed, NaN for none.
+
+        Its sum over the experts is Eq. 8's C_infer of the layer.
+        """
+        tokens = self.samples[:, :, None, None] * self.tokens
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.pairs / np.where(tokens > 0, tokens, np.nan)
