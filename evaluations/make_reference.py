@@ -1,15 +1,17 @@
 """python -m evaluations.make_reference IMAGES OUT.npz --image-size 256
 
 Make a reference as ADM's from a folder of images: statistics of all of them, and as many images as
-precision and recall need, drawn by seed. Images are cropped as for training.
+precision and recall need, drawn by seed from these or from others that were held out. Images are
+cropped as for training.
 """
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from core.distributed import Processes
 from core.errors import UserError, command
@@ -37,61 +39,62 @@ class _Cropped(Dataset):
             return str(error)
 
 
-def make_reference(
-    folder: ImageFolder,
-    size: int,
-    extractor: Extractor,
-    kept: int = 10_000,
-    batch_size: int = 64,
-    num_workers: int = 0,
-    seed: int = 0,
+def reference_statistics(
+    folder: ImageFolder, size: int, extractor: Extractor, batch_size: int = 64, num_workers: int = 0
 ) -> dict[str, np.ndarray]:
-    """Arrays of a reference.
+    """`mu`, `sigma` and perhaps `mu_s`, `sigma_s` (float64) of all images, `size` pixels wide.
 
-    Args:
-        folder: the images.
-        size: their side after the crop, in pixels.
-        extractor: gives the features.
-        kept: images in `arr_0`.
-        batch_size: images at a time.
-        num_workers: processes that read.
-        seed: of the choice of `arr_0`.
+    Raises:
+        UserError: an unreadable image.
+    """
+    running: dict[str, RunningStatistics] = {}
+    indices = list(range(len(folder)))
+    for images in _batches(folder, size, indices, batch_size, num_workers, "statistics"):
+        for name, values in extractor(images).items():
+            if name in PAIRS:
+                if name not in running:
+                    running[name] = RunningStatistics(values.shape[1], values.device)
+                running[name].update(values)
+    return {
+        key: value
+        for name, sums in running.items()
+        for key, value in zip(PAIRS[name], sums.result(), strict=True)
+    }
 
-    Returns:
-        `mu`, `sigma` and perhaps `mu_s`, `sigma_s` (float64), `arr_0` (kept, H, W, 3) uint8 and
-        their `labels`.
+
+def reference_images(
+    folder: ImageFolder, size: int, count: int = 10_000, num_workers: int = 0, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """`arr_0` (count, H, W, 3) uint8 and `labels`, of images drawn by `seed`.
 
     Raises:
         UserError: an unreadable image.
     """
     order = torch.randperm(len(folder), generator=generator(seed, "reference images"))
-    chosen = sorted(order[:kept].tolist())
-    place = {index: row for row, index in enumerate(chosen)}
-    images = np.empty((len(chosen), size, size, 3), np.uint8)
-    running: dict[str, RunningStatistics] = {}
-    loader = DataLoader(
-        _Cropped(folder, size), batch_size, num_workers=num_workers, collate_fn=list
-    )
-    index = 0
+    chosen = sorted(order[:count].tolist())
+    parts = _batches(folder, size, chosen, 64, num_workers, "images")
+    return {"arr_0": torch.cat(list(parts)).numpy(), "labels": folder.labels[chosen]}
+
+
+def _batches(
+    folder: ImageFolder,
+    size: int,
+    indices: list[int],
+    batch_size: int,
+    num_workers: int,
+    what: str,
+) -> Iterator[torch.Tensor]:
+    """Images (B, H, W, 3) uint8."""
+    data = Subset(_Cropped(folder, size), indices)
+    loader = DataLoader(data, batch_size, num_workers=num_workers, collate_fn=list)
     alone = Processes(0, 1, torch.device("cpu"))
-    with progress(None, alone, "reference", "img", total=len(folder)) as bar:
+    with progress(None, alone, what, "img", total=len(indices)) as bar:
         for batch in loader:
             for image in batch:
                 if isinstance(image, str):
                     raise UserError(image)
-                if index in place:
-                    images[place[index]] = image
-                index += 1
-            for name, values in extractor(torch.stack(batch)).items():
-                if name in PAIRS:
-                    if name not in running:
-                        running[name] = RunningStatistics(values.shape[1], values.device)
-                    running[name].update(values)
+            yield torch.stack(batch)
             bar.update(len(batch))
-    arrays = {"arr_0": images, "labels": folder.labels[chosen]}
-    for name, sums in running.items():
-        arrays |= dict(zip(PAIRS[name], sums.result(), strict=True))
-    return arrays
 
 
 def _parse() -> argparse.Namespace:
@@ -104,6 +107,7 @@ def _parse() -> argparse.Namespace:
     add("images", type=Path, help="folder, IMAGES/<class>/<images> or IMAGES/<images>")
     add("out", type=Path, help=".npz to write")
     add("--image-size", type=int, required=True, default=argparse.SUPPRESS, help="in pixels")
+    add("--pr-images", type=Path, help="folder of arr_0, such as held-out images; default: IMAGES")
     add("--num-images", type=int, default=10_000, help="in arr_0, for precision and recall")
     add("--num-workers", type=int, default=4, help="processes that read")
     add("--seed", type=int, default=0, help="of the choice of those images")
@@ -119,13 +123,15 @@ def main() -> None:
     for name in ("image_size", "num_images", "batch_size"):
         if getattr(flags, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: at least 1 is allowed")
-    folder = ImageFolder(flags.images)
-    options = (flags.num_images, flags.batch_size, flags.num_workers, flags.seed)
-    arrays = make_reference(folder, flags.image_size, extractor_from(flags), *options)
+    folder, extractor = ImageFolder(flags.images), extractor_from(flags)
+    other = folder if flags.pr_images is None else ImageFolder(flags.pr_images)
+    size, workers = flags.image_size, flags.num_workers
+    arrays = reference_statistics(folder, size, extractor, flags.batch_size, workers)
+    arrays |= reference_images(other, size, flags.num_images, workers, flags.seed)
     with complete_file(flags.out) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
     get_logger("evaluations.make_reference").info(
-        "%s: statistics of %d images, %d of them for precision and recall",
+        "%s: statistics of %d images, %d images for precision and recall",
         *(flags.out, len(folder), len(arrays["arr_0"])),
     )
 

@@ -39,11 +39,14 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def sample_and_score(flags: argparse.Namespace, processes: Processes) -> None:
+def sample_and_score(flags: argparse.Namespace, processes: Processes) -> Path | None:
     """Generate the set that the flags ask for; with --metrics, its features and scores as well.
 
     Features are measured block by block where the images are made, and lie in
     `<name>.features.npz`, which `evaluations.evaluate` takes in place of the images.
+
+    Returns:
+        The JSON of the set, on the main process.
 
     Raises:
         UserError: when checkpoint, VAE, reference and flags do not fit each other.
@@ -54,7 +57,7 @@ def sample_and_score(flags: argparse.Namespace, processes: Processes) -> None:
         outcome = sample_from_checkpoint(flags, processes)
         if outcome is not None:
             outcome.write_record()
-        return
+        return None if outcome is None else outcome.record_path
     open_npz(flags.metrics)  # hours before it is needed
     with processes.main_first():
         extractor = extractor_from(flags, processes.device)
@@ -62,6 +65,7 @@ def sample_and_score(flags: argparse.Namespace, processes: Processes) -> None:
     outcome = sample_from_checkpoint(flags, processes, extractor, facts)
     if outcome is not None:
         _score(flags, extractor, outcome)
+    return None if outcome is None else outcome.record_path
 
 
 def _score(flags: argparse.Namespace, extractor: Extractor, outcome: Outcome) -> None:

@@ -5,6 +5,7 @@ folders `model`, `ema` of shards), `state.json` (step, facts of the latents) and
 (sizes and hashes); what the trainer needs besides lies there too.
 """
 
+import dataclasses
 import json
 import warnings
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
 from config.load import load_config
-from config.schema import Config
+from config.schema import Config, FeedForwardConfig
+from config.validate import validate
 from core.errors import UserError, unknown_name
 from models.build import build_model
 from models.dit import DiT
@@ -41,24 +43,40 @@ class Pretrained:
     path: Path
 
 
-def load_pretrained(path: str | Path, weights: str = "ema") -> Pretrained:
+def load_pretrained(
+    path: str | Path, weights: str = "ema", routing: dict[str, Any] | None = None
+) -> Pretrained:
     """The model of a checkpoint, in evaluation mode on the CPU.
 
     Args:
         path: a checkpoint folder, or a run folder, whose newest checkpoint is taken.
         weights: the averaged weights `ema`, another average `ema_<decay>`, or the live `model`.
+        routing: other values of keys of `model.feed_forward` that only inference looks at.
 
     Raises:
-        UserError: when there is no checkpoint, a file is damaged, or weights and config differ.
+        UserError: when there is no checkpoint, a file is damaged, or weights, config and `routing`
+            do not fit each other.
     """
     folder = find_checkpoint(Path(path))
     check_seal(folder, (CONFIG_FILE, STATE_FILE, weights_path(folder, weights).name))
     config = load_config(folder / CONFIG_FILE)
+    if routing:
+        config.model.feed_forward = _rerouted(config.model.feed_forward, routing)
+        validate(config, world_size=None)
     model = build_model(config.model)
     if not weights_path(folder, weights).exists():
         raise unknown_name(f"{folder}: weights", weights, weights_names(folder))
     load_weights(model, weights_path(folder, weights))
     return Pretrained(model.eval(), config, read_state(folder), folder)
+
+
+def _rerouted(layer: FeedForwardConfig, routing: dict[str, Any]) -> FeedForwardConfig:
+    """The layer's config with other values of what inference looks at."""
+    known = {field.name for field in dataclasses.fields(layer)}
+    for key in routing:
+        if key not in known:
+            raise UserError(f"{key}: model.feed_forward {layer.name} has no such key")
+    return dataclasses.replace(layer, **routing)
 
 
 def find_checkpoint(path: Path) -> Path:

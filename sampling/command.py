@@ -23,7 +23,7 @@ from core.logging import get_logger, quiet_other_processes
 from data.vae import KNOWN_NAMES, VAE, to_uint8
 from models.pretrained import Pretrained, load_pretrained
 from models.sealed import MANIFEST_FILE
-from sampling.flags import resolve
+from sampling.flags import resolve, routing_of
 from sampling.generate import Measure, Sampler, SampleSet, SetPlan, generate_set
 from sampling.grid import image_grid, save_png
 from sampling.labels import LABELS, Labels, chosen_labels
@@ -46,9 +46,14 @@ class Outcome:
     path: Path
     record: dict[str, Any]
 
+    @property
+    def record_path(self) -> Path:
+        """`path`.json."""
+        return self.path.with_name(f"{self.path.name}.json")
+
     def write_record(self) -> None:
-        """Write `path`.json."""
-        with complete_file(self.path.with_name(f"{self.path.name}.json")) as temporary:
+        """Write the record."""
+        with complete_file(self.record_path) as temporary:
             temporary.write_text(json.dumps(self.record, indent=2) + "\n")
 
 
@@ -72,7 +77,7 @@ def sample_from_checkpoint(
     quiet_other_processes(processes)
     torch.backends.cuda.matmul.allow_tf32 = flags.tf32
     torch.backends.cudnn.allow_tf32 = flags.tf32
-    pretrained = load_pretrained(flags.ckpt, flags.weights)
+    pretrained = load_pretrained(flags.ckpt, flags.weights, routing_of(flags))
     protocol = resolve(flags, pretrained)
     vae = VAE(protocol.vae, processes.device)
     _check_vae(vae, pretrained)
@@ -140,6 +145,7 @@ def _name(flags: argparse.Namespace, pretrained: Pretrained, protocol: Protocol)
         *_differing(settings, plain.sampling, others),
         *([] if vae == own else [f"vae={vae.rstrip('/').rpartition('/')[2]}"]),
         *_differing(protocol, plain, ("labels", "pixels")),
+        *(f"{key}={value}" for key, value in routing_of(flags).items()),
         *([] if flags.classes is None else [f"classes={','.join(map(str, flags.classes))}"]),
         f"seed{flags.global_seed}",
         f"n{protocol.num_fid_samples}",

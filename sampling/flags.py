@@ -43,6 +43,9 @@ def sampling_parser() -> argparse.ArgumentParser:
     add("--tf32", action="store_true", help="TF32 matrix products on GPUs: faster, less exact")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if any")
     add("--save", choices=SAVE, default="npz", help="images: one PNG each; default npz")
+    add("--inference", choices=["topk", "dynamic", "fixed"], help="routing; default: config's")
+    add("--inference-capacity", type=float, help="C of --inference topk")
+    add("--fixed-threshold", type=float, help="gamma of --inference fixed, 0 ... 1")
     add("--capacity", action="store_true", help="record where the computation goes")
     add("--classes", type=_classes, help="only these, such as 207,360, for a look")
     add("--num-per-class", type=_positive, default=8, help="with --classes; default 8")
@@ -69,6 +72,14 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add("--diffusion-norm", type=float, help="factor of the SDE's diffusion")
     add("--last-step", type=str.lower, choices=_choices("last_step"), help="of the SDE")
     add("--last-step-size", type=float, help="of the SDE, in time")
+
+
+ROUTING = ("inference", "inference_capacity", "fixed_threshold")
+
+
+def routing_of(flags: argparse.Namespace) -> dict[str, Any]:
+    """Keys of `model.feed_forward` that flags change for sampling."""
+    return {key: getattr(flags, key) for key in ROUTING if getattr(flags, key) is not None}
 
 
 def resolve(flags: argparse.Namespace, pretrained: Pretrained) -> Protocol:

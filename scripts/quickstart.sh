@@ -48,9 +48,9 @@ stage $run/train/checkpoints/$checkpoint "Train DiffMoE" \
 stage $run/classifier.safetensors "A digit classifier to score with" \
     python -m evaluations.digits --data $run/images --out $run/classifier.safetensors
 features="--features digits --classifier $run/classifier.safetensors"
-stage $run/reference.npz "A reference of the training digits" \
+stage $run/reference.npz "A reference: statistics of the training digits, and the held-out ones" \
     python -m evaluations.make_reference $run/images/train $run/reference.npz --image-size 32 \
-    --num-workers 0 $features
+    --pr-images $run/images/val --num-workers 0 $features
 for scale in 1 2; do
     name=$checkpoint-ema-euler$sampler_steps-cfg$scale-b125-seed0-n500
     stage $run/samples/$name.json \
@@ -63,6 +63,6 @@ for scale in 1 2; do
 done
 stage $run/heldout.json "Score the held-out digits for comparison" \
     python -m evaluations.evaluate $run/reference.npz $run/images/val $features \
-    --metrics fd pr --out $run/heldout.json
+    --metrics fd --out $run/heldout.json
 
 python scripts/quickstart_report.py $run

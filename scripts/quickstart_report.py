@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from safetensors import safe_open
+
 
 def main(run: Path) -> None:
     """Read the records below `run` and print one line for each figure."""
@@ -16,7 +18,7 @@ def main(run: Path) -> None:
     heldout = json.loads((run / "heldout.json").read_text())
     rates = sorted(entry["images_per_second"] for entry in entries)
     rows = [
-        ("training images", f"{heldout['reference_images']}"),
+        ("training images", f"{len(list((run / 'images/train').rglob('*.png')))}"),
         ("steps", f"{entries[-1]['step']}"),
         (f"loss, first {entries[0]['step']} steps", f"{entries[0]['loss/loss']:.4f}"),
         ("loss, last steps", f"{entries[-1]['loss/loss']:.4f}"),
@@ -31,8 +33,10 @@ def main(run: Path) -> None:
             (f"recall, {at}", f"{scores['recall']:.4f}"),
             (f"FD-digits, {at}", f"{scores['FD-digits']:.3f}"),
         ]
-    for name in ("precision", "recall", "FD-digits"):
-        rows.append((f"{name} of held-out digits", f"{heldout['scores'][name]:.3f}"))
+    rows.append(("FD-digits, training to held-out", f"{heldout['scores']['FD-digits']:.3f}"))
+    with safe_open(run / "classifier.safetensors", "np") as file:
+        (about,) = map(json.loads, file.metadata().values())
+    rows.append(("classifier on held-out digits", f"{about['record']['heldout_accuracy']:.4f}"))
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("\n" + "\n".join(f"{n:<{width}}  {v:>8}" for n, v in rows) + "\n")
     grids = ", ".join(str(path.with_suffix(".png")) for path in records)

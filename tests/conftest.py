@@ -7,9 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from config.load import parse_config
 from core.distributed import Processes
+from core.files import file_hash
 from data.caching import CacheOptions, cache_latents
+from training.trainer import train
 
+ROOT = Path(__file__).parents[1]
 SINGLE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -91,3 +95,42 @@ def inception_weights(tmp_path_factory) -> Path:
                 tensor.uniform_(0.5, 1.5)
     torch.save(network.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory, cache_folder, vae_folder):
+    """A config file for the small cache: 23 images, 3 classes, latents 3 x 8 x 8."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(
+        f"""
+base: {ROOT}/config/quickstart.yaml
+data: {{cached_path: {cache_folder}, vae_path: {vae_folder}, image_size: 16}}
+model:
+  {{input_size: 8, in_channels: 3, patch_size: 2, hidden_size: 16, depth: 2, num_heads: 2,
+    num_classes: 3, feed_forward: {{num_experts: 4}}}}
+train:
+  {{max_steps: 4, global_batch_size: 8, micro_batch_size: 4, log_every: 2, ckpt_every: 2,
+    sample_every: 0, num_grid_samples: 3}}
+sampling: {{num_steps: 3, cfg_scale: 1.5}}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_config, tmp_path_factory) -> Path:
+    """A finished run of DiffMoE with flow, and what it wrote."""
+    run_dir = tmp_path_factory.mktemp("runs") / "diffmoe"
+    argv = ["--config", tiny_config, "--run_dir", run_dir, "--train.sample_every", "2"]
+    train(parse_config([str(a) for a in argv], "train.py"), SINGLE)
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def scoring(tmp_path_factory, inception_weights):
+    """Flags of scoring: a reference of random images, and a network with random weights."""
+    folder = tmp_path_factory.mktemp("scoring")
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    np.savez(folder / "ref.npz", arr_0=images)
+    flags = ["--metrics", folder / "ref.npz", "--inception-weights", inception_weights]
+    return [*flags, "--inception-sha256", file_hash(inception_weights)]

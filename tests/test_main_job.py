@@ -19,34 +19,14 @@ from config.load import parse_config
 from config.schema import FEED_FORWARDS, OBJECTIVES
 from core.distributed import Processes
 from core.errors import UserError
-from core.files import file_hash
 from data.latents import LatentCache
+from evaluations.digit_classifier import DigitClassifier, save_classifier
 from evaluations.sampled import parse_flags, sample_and_score
 from models.pretrained import load_pretrained
 from training.trainer import train
 
 ROOT = Path(__file__).parents[1]
 ALONE = Processes(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def tiny_config(tmp_path_factory, cache_folder, vae_folder):
-    """A config file for the small cache: 23 images, 3 classes, latents 3 x 8 x 8."""
-    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
-    path.write_text(
-        f"""
-base: {ROOT}/config/quickstart.yaml
-data: {{cached_path: {cache_folder}, vae_path: {vae_folder}, image_size: 16}}
-model:
-  {{input_size: 8, in_channels: 3, patch_size: 2, hidden_size: 16, depth: 2, num_heads: 2,
-    num_classes: 3, feed_forward: {{num_experts: 4}}}}
-train:
-  {{max_steps: 4, global_batch_size: 8, micro_batch_size: 4, log_every: 2, ckpt_every: 2,
-    sample_every: 0, num_grid_samples: 3}}
-sampling: {{num_steps: 3, cfg_scale: 1.5}}
-"""
-    )
-    return path
 
 
 def run_training(config, run_dir, *flags):
@@ -67,13 +47,6 @@ def torchrun(processes, *argv):
     command += [f"--nproc_per_node={processes}", *map(str, argv)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_config, tmp_path_factory):
-    """A finished run of DiffMoE with flow, and what it wrote."""
-    run_dir = tmp_path_factory.mktemp("runs") / "diffmoe"
-    return run_training(tiny_config, run_dir, "--train.sample_every", "2")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -266,16 +239,6 @@ def test_one_and_two_processes_train_alike_and_sample_the_same_images(
     np.testing.assert_array_equal(archives[0]["labels"], archives[1]["labels"])
 
 
-@pytest.fixture(scope="module")
-def scoring(tmp_path_factory, inception_weights):
-    """Flags of scoring: a reference of random images, and a network with random weights."""
-    folder = tmp_path_factory.mktemp("scoring")
-    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
-    np.savez(folder / "ref.npz", arr_0=images)
-    flags = ["--metrics", folder / "ref.npz", "--inception-weights", inception_weights]
-    return [*flags, "--inception-sha256", file_hash(inception_weights)]
-
-
 @pytest.mark.slow
 def test_scores_do_not_depend_on_processes_or_kills(trained, scoring, tmp_path):
     base = ["sample_ddp.py", "--ckpt", trained, "--num-fid-samples", 10, "--device", "cpu"]
@@ -328,8 +291,13 @@ def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
         run_sampling(trained, run / "samples", "--cfg-scale", scale)
     for path in (run / "samples").glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"scores": marks}))
-    heldout = {"reference_images": 23, "scores": marks | {"FD-digits": 0.5}}
-    (run / "heldout.json").write_text(json.dumps(heldout))
+    (run / "heldout.json").write_text(json.dumps({"scores": {"FD-digits": 0.5}}))
+    save_classifier(
+        run / "classifier.safetensors", DigitClassifier(("0", "1")), {"heldout_accuracy": 0.98}
+    )
+    (run / "images" / "train" / "0").mkdir(parents=True)
+    for number in range(23):
+        (run / "images" / "train" / "0" / f"{number}.png").touch()
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "quickstart_report.py", run],
         capture_output=True,
@@ -340,7 +308,8 @@ def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
     rows = {name.strip(): value.strip() for name, value in rows.items()}
     assert (rows["training images"], rows["steps"]) == ("23", "4")
     assert rows["class accuracy of 5, guidance 2"] == "0.5000"
-    assert rows["FD-digits of held-out digits"] == "0.500"
+    assert rows["FD-digits, training to held-out"] == "0.500"
+    assert rows["classifier on held-out digits"] == "0.9800"
     assert float(rows["mean C_infer, guidance 1"]) > 0
 
 

@@ -221,6 +221,12 @@ def test_a_reference_is_made(weights, images, tmp_path, monkeypatch):
     rows = [next(i for i, x in enumerate(images) if (x == y).all()) for y in made["arr_0"]]
     assert made["labels"].tolist() == [row % 2 for row in rows]
     assert len(set(rows)) == 6
+    (tmp_path / "other").mkdir()
+    Image.fromarray(images[30]).save(tmp_path / "other" / "x.png")
+    argv += ["--pr-images", tmp_path / "other", "--num-workers", 0, *flags(weights)]
+    run(monkeypatch, make_reference, *argv)
+    np.testing.assert_array_equal(np.load(out)["mu"], made["mu"])
+    np.testing.assert_array_equal(np.load(out)["arr_0"], images[30:31])
 
 
 def test_running_statistics_are_those_of_all_rows():

@@ -1,0 +1,92 @@
+"""torchrun -m evaluations.sweep --ckpt RUN --metrics REF.npz --grid cfg_scale=1,1.5 ... [FLAGS]
+
+Sample and score one set for each combination of flags of sample_ddp.py, such as guidance, batch
+size and sampler (Tables 13 to 15), and print them as a table. Finished sets are not made again.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+from core.distributed import Processes, processes
+from core.errors import UserError, command
+from core.files import complete_file
+from evaluations.compare import markdown, read_rows
+from evaluations.sampled import parse_flags, sample_and_score
+
+Combination = dict[str, str]
+
+
+def run_sets(
+    argv: list[str], combinations: list[Combination], group: Processes, record: Path
+) -> list[Path]:
+    """Sets of the flags `argv` with each combination of further ones.
+
+    Args:
+        argv: flags of sample_ddp.py.
+        combinations: values of further flags by name.
+        group: all processes, which call this together.
+        record: JSON that remembers what is finished.
+
+    Returns:
+        The JSON of each set, in order.
+    """
+    paths = []
+    for combination in combinations:
+        words = [w for k, v in combination.items() for w in (f"--{k.replace('_', '-')}", v)]
+        flags = parse_flags([*argv, *words])
+        key = json.dumps([argv, combination])
+        known = _finished(record) if group.is_main else {}
+        path = group.from_main(known.get(key))
+        if path is None or not Path(path).exists():
+            path = group.from_main(str(sample_and_score(flags, group)))
+            if group.is_main:
+                with complete_file(record) as temporary:
+                    temporary.write_text(json.dumps(known | {key: path}, indent=2))
+        paths.append(Path(path))
+    return paths
+
+
+def _finished(record: Path) -> dict[str, str]:
+    try:
+        return json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def grid_of(words: list[str]) -> list[Combination]:
+    """All combinations of `key=value,value` words.
+
+    Raises:
+        UserError: for a word of another form.
+    """
+    axes = []
+    for word in words:
+        key, equals, values = word.partition("=")
+        if not (key and equals and values):
+            raise UserError(f"--grid: {word!r} is not KEY=VALUE,VALUE")
+        axes.append([(key, value) for value in values.split(",")])
+    return [dict(choice) for choice in itertools.product(*axes)]
+
+
+@command
+def main() -> None:
+    """Parse the command line, run the grid and print the table."""
+    argv = sys.argv[1:]
+    if "--grid" not in argv and not {"-h", "--help"} & set(argv):
+        raise UserError("--grid: needed, such as --grid cfg_scale=1,1.5 sampler=euler,heun")
+    words = []
+    if "--grid" in argv:
+        at = argv.index("--grid")
+        words = list(itertools.takewhile(lambda w: not w.startswith("--"), argv[at + 1 :]))
+        argv = argv[:at] + argv[at + 1 + len(words) :]
+    flags = parse_flags(argv)
+    with processes(flags.device, cpu_threads=1) as group:
+        paths = run_sets(argv, grid_of(words), group, flags.sample_dir / "sweep.json")
+        if group.is_main:
+            sys.stdout.write(markdown(read_rows(paths)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
