@@ -351,6 +351,31 @@ class SamplingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Scores of samples while training; too few samples to compare with a published FID.
+
+    Attributes:
+        every: steps between scores of the averaged weights; 0 turns them off.
+        reference: `.npz` to compare with, see docs/evaluation.md.
+        num_samples: images.
+        batch_size: images in a block; routing over the batch depends on it.
+        features: network whose features are compared.
+        inception_weights: its weight file; downloaded by default.
+        inception_sha256: that the file must have; by default that of the published one.
+        classifier: weight file of features `digits`.
+    """
+
+    every: int = 0
+    reference: str | None = None
+    num_samples: int = 5000
+    batch_size: int = 32
+    features: Literal["inception", "digits"] = "inception"
+    inception_weights: str | None = None
+    inception_sha256: str | None = None
+    classifier: str | None = None
+
+
+@dataclass
 class Config:
     """One run.
 
@@ -379,6 +404,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 FEED_FORWARDS = {

@@ -74,6 +74,9 @@ def _check_ranges(config: Config) -> None:
         "train.num_val_samples": (train.num_val_samples, 1),
         "train.timeout": (train.timeout, 1),
         "train.max_nonfinite_steps": (train.max_nonfinite_steps, 1),
+        "evaluation.every": (config.evaluation.every, 0),
+        "evaluation.num_samples": (config.evaluation.num_samples, 2),
+        "evaluation.batch_size": (config.evaluation.batch_size, 1),
         "sampling.num_steps": (config.sampling.num_steps, 1),
         "sampling.cfg_scale": (config.sampling.cfg_scale, 0),
     }
@@ -91,6 +94,10 @@ def _check_ranges(config: Config) -> None:
     _require(
         not train.val_every or data.val_cached_path is not None,
         f"train.val_every: {train.val_every} needs data.val_cached_path, held-out latents",
+    )
+    _require(
+        not config.evaluation.every or config.evaluation.reference is not None,
+        f"evaluation.every: {config.evaluation.every} needs evaluation.reference, an .npz",
     )
     _require(model.mlp_ratio > 0, f"model.mlp_ratio: {model.mlp_ratio} must be above 0")
 

@@ -119,6 +119,7 @@ def processes(
         raise UserError("device: 'cuda' is not available on this machine; allowed: auto, cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = torch.get_num_threads()
     place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
@@ -135,5 +136,6 @@ def processes(
     try:
         yield Processes(rank, world, place)
     finally:
+        torch.set_num_threads(threads)
         if world > 1:
             dist.destroy_process_group()

@@ -87,7 +87,7 @@ def loss_figure(runs: list[Path]) -> Figure:
     for run in runs:
         try:
             lines = (run / METRICS_FILE).read_text().splitlines()
-            entries = [json.loads(line) for line in lines]
+            entries = [e for e in map(json.loads, lines) if "loss/loss" in e]
         except (OSError, ValueError) as error:
             raise UserError(f"{run}: no log of a run: {error}") from error
         axes.plot([e["step"] for e in entries], [e["loss/loss"] for e in entries], label=run.name)

@@ -109,6 +109,11 @@ class Telemetry:
         if self.writer is not None:
             self._write(step, scalars, None)
 
+    def scores(self, step: int, scores: dict[str, float]) -> None:
+        """Scores of samples by name."""
+        if self.writer is not None:
+            self._write(step, {f"scores/{name}": value for name, value in scores.items()}, None)
+
     def images(self, step: int, name: str, grid: Tensor) -> None:
         """A picture (H, W, 3) uint8."""
         if self.writer is not None:

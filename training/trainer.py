@@ -27,6 +27,7 @@ from training.ema import EMA
 from training.interruption import StopRequest, losses_named
 from training.optim import build_optimizer, learning_rate
 from training.parallel import is_sharded, prepare, shard
+from training.scores import SampleScores
 from training.step import Batch, StepResult, TrainStep
 from training.telemetry import Telemetry
 from training.validation import Validation
@@ -60,6 +61,10 @@ class Trainer:
         if config.train.val_every:
             self.validation = Validation(config, self.objective, processes)
         self.vae = self._load_vae()
+        self.scores = None
+        if config.evaluation.every:
+            shape = self.data.source.latent_shape
+            self.scores = SampleScores(config, self.objective, self.vae, shape, processes)
         self.state = self._build()
         resume(self.state, processes)
         bare = self.state.model
@@ -173,6 +178,10 @@ class Trainer:
         if train.val_every and (step % train.val_every == 0 or last):
             losses = self.validation.losses(self.state.emas["ema"].model, self._is_sharded)
             telemetry.validation(step, losses)
+        every = self.config.evaluation.every
+        if every and (step % every == 0 or last):
+            scores = self.scores.score(self.state.emas["ema"].model, self._is_sharded)
+            telemetry.scores(step, scores)
         if train.sample_every and (step % train.sample_every == 0 or last):
             self._sample_grid(telemetry)
             self.processes.barrier()
@@ -198,8 +207,9 @@ class Trainer:
             save_png(grid, self.run_dir / "samples" / f"step_{self.state.step:07d}.png")
 
     def _load_vae(self) -> VAE | None:
-        """The decoder for sample grids, where they are wanted and made."""
-        if not self.config.train.sample_every or not self.processes.is_main:
+        """The decoder for sample grids and scores, where they are wanted and made."""
+        grids = self.config.train.sample_every and self.processes.is_main
+        if not (grids or self.config.evaluation.every):
             return None
         return VAE(self.config.data.vae_path, self.processes.device)
 

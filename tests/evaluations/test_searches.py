@@ -7,13 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from config.load import to_plain
 from core.errors import UserError
-from evaluations import compare, sweep, threshold_search
+from data.vae import VAE, to_uint8
+from evaluations import compare, routing_gap, sweep, threshold_search
 from evaluations.compare import markdown, read_rows
 from evaluations.sweep import grid_of
 from models.pretrained import load_pretrained
+from sampling.generate import Sampler
 
 
 def run(monkeypatch, module, *argv):
@@ -123,3 +126,18 @@ def test_tables_and_figures(trained, tmp_path, monkeypatch, capsys):
     paths[0].write_text("{}")
     with pytest.raises(UserError, match="no record of a set of samples"):
         read_rows(paths)
+
+
+def test_routing_gap_shows_both_rules_of_the_same_noise(trained, tmp_path, monkeypatch, capsys):
+    argv = ["--ckpt", trained, "--sample-dir", tmp_path, "--device", "cpu", "--classes", "2,0,1"]
+    run(monkeypatch, routing_gap, *argv)
+    picture = np.asarray(Image.open(next(tmp_path.glob("*.routing_gap.png"))))
+    assert picture.shape == (2 * 16 + 2, 3 * 16 + 2 * 2, 3)
+    loaded = load_pretrained(trained, routing={"inference": "topk"})
+    latents, _ = Sampler.of(loaded).latents(range(1, 2), [0])
+    image = to_uint8(VAE(loaded.config.data.vae_path).decode(latents))[0].numpy()
+    away = picture[:16, 18:34].astype(int) - image
+    assert abs(away).max() <= 1  # threads of the two differ
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, routing_gap, *argv[:-2])
+    assert "--classes: needed" in capsys.readouterr().err

@@ -2,18 +2,28 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from config.load import parse_config
 from config.schema import DiffMoEConfig, ModelConfig, TokenChoiceConfig
 from core.distributed import Processes
+from core.files import file_hash
 from core.types import ModelOutput, RoutingRecord
+from data.vae import VAE, to_uint8
+from evaluations.inception import load_inception
+from evaluations.metrics import frechet_distance, statistics
+from evaluations.statistics import RunningStatistics
 from models.build import build_model
+from models.pretrained import load_pretrained
+from sampling.generate import Sampler
+from sampling.labels import random_labels
 from training.clock import Clock
 from training.flops import matmul_rate, training_flops
 from training.router_state import capacity_predictors
 from training.routing_statistics import routing_statistics
+from training.scores import SampleScores
 from training.trainer import train
 from training.validation import BINS, Validation
 from transport.objective import Flow
@@ -199,3 +209,81 @@ def test_the_clock_measures_phases():
     assert all(seconds >= 0 for seconds in clock.read().values())
     clock.start()
     assert clock.read() == {}
+
+
+def test_scores_while_training_change_nothing_and_are_the_samples(
+    val_flags, inception_weights, tmp_path
+):
+    images = torch.randint(256, (8, 16, 16, 3), generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "ref.npz", arr_0=images.numpy().astype(np.uint8))
+    values = {
+        "every": 2,
+        "reference": tmp_path / "ref.npz",
+        "num_samples": 6,
+        "batch_size": 4,
+        "inception_weights": inception_weights,
+        "inception_sha256": file_hash(inception_weights),
+    }
+    scored = [f"--evaluation.{key}={value}" for key, value in values.items()]
+    runs = {}
+    for name, more in (("plain", []), ("scored", scored)):
+        argv = [*val_flags, f"--run_dir={tmp_path / name}", "--sampling.num_steps=2", *more]
+        train(parse_config(argv, "train.py"), ALONE)
+        runs[name] = tmp_path / name / "checkpoints" / "step_0000004"
+    for file in sorted(runs["plain"].rglob("*.safetensors")):
+        assert file.read_bytes() == (runs["scored"] / file.relative_to(runs["plain"])).read_bytes()
+    lines = (tmp_path / "scored" / "metrics.jsonl").read_text().splitlines()
+    found = [e for e in map(json.loads, lines) if "scores/FID-6" in e]
+    assert [entry["step"] for entry in found] == [2, 4]
+    loaded = load_pretrained(runs["scored"])
+    sampler = Sampler.of(loaded, seed=loaded.config.seed)
+    label = random_labels(3, loaded.config.seed)
+    vae = VAE(loaded.config.data.vae_path)
+    network = load_inception(inception_weights, file_hash(inception_weights))
+    parts = []
+    for first in (0, 4):
+        indices = range(first, first + 4)
+        latents, _ = sampler.latents(indices, [label(i) for i in indices])
+        parts.append(network(to_uint8(vae.decode(latents)))["pool"])
+    pool = torch.cat(parts)[:6].numpy()
+    reference = statistics(network(images.to(torch.uint8))["pool"].numpy())
+    expected = frechet_distance(*reference, *statistics(pool))
+    assert found[-1]["scores/FID-6"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_scores_do_not_depend_on_the_number_of_processes(
+    val_flags, inception_weights, vae_folder, tmp_path
+):
+    np.savez(tmp_path / "ref.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    values = {
+        "every": 2,
+        "reference": tmp_path / "ref.npz",
+        "num_samples": 6,
+        "batch_size": 2,
+        "inception_weights": inception_weights,
+        "inception_sha256": file_hash(inception_weights),
+    }
+    argv = [*val_flags, *(f"--evaluation.{key}={value}" for key, value in values.items())]
+    config = parse_config([*argv, "--sampling.num_steps=2"], "train.py")
+    model = build_model(config.model).eval()
+    sums = []
+
+    class Half(Processes):
+        def barrier(self):
+            pass
+
+        def all_reduce_sum(self, tensor):
+            sums.append(tensor.clone())
+            return tensor
+
+    vae = VAE(str(vae_folder))
+    alone = SampleScores(config, Flow(), vae, (3, 8, 8), ALONE).score(model)
+    for rank in range(2):
+        SampleScores(config, Flow(), vae, (3, 8, 8), Half(rank, 2, CPU)).score(model)
+    joined = RunningStatistics(2048)
+    halves = zip(sums[:3], sums[3:], strict=True)
+    joined.count, joined.total, joined.products = (one + other for one, other in halves)
+    assert joined.count == 6
+    scores = SampleScores(config, Flow(), vae, (3, 8, 8), ALONE)
+    expected = frechet_distance(*scores.reference, *joined.result())
+    assert alone["FID-6"] == pytest.approx(expected, rel=1e-9)
