@@ -12,7 +12,7 @@ torchrun --nproc_per_node=8 main_cache.py --data_path IMAGENET/train --cached_pa
 import argparse
 import os
 
-from core.distributed import processes
+from core.distributed import NO_HURRY, processes
 from core.errors import UserError, command
 from core.logging import quiet_other_processes
 from data.caching import CacheOptions, cache_latents, verify_cache
@@ -83,7 +83,7 @@ def main() -> None:
     if "data_path" not in arguments:
         raise UserError("--data_path: needed to write a cache, an image folder")
     options = CacheOptions(image_size=arguments.pop("img_size"), **arguments)
-    with processes(device, cpu_threads=1) as group:
+    with processes(device, cpu_threads=1, timeout=NO_HURRY) as group:
         quiet_other_processes(group)
         cache_latents(options, group)
 

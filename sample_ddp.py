@@ -10,7 +10,7 @@ depend on the number of processes, and a run that was interrupted goes on when i
 On the CPU each process computes on one thread, so start as many as there are cores.
 """
 
-from core.distributed import processes
+from core.distributed import NO_HURRY, processes
 from core.errors import command
 from evaluations.sampled import parse_flags, sample_and_score
 
@@ -19,7 +19,7 @@ from evaluations.sampled import parse_flags, sample_and_score
 def main() -> None:
     """Parse the command line and sample."""
     flags = parse_flags()
-    with processes(flags.device, cpu_threads=1) as all_processes:
+    with processes(flags.device, cpu_threads=1, timeout=NO_HURRY) as all_processes:
         sample_and_score(flags, all_processes)
 
 

@@ -96,6 +96,10 @@ def _meeting_place(rank: int, world: int) -> dict[str, Any]:
     }
 
 
+NO_HURRY = 24 * 3600.0
+"""Timeout where processes share whole blocks of work and one of them may have more of it to do."""
+
+
 @contextmanager
 def processes(
     device: str = "auto", cpu_threads: int | None = None, timeout: float = 600.0

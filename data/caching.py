@@ -1,9 +1,9 @@
 """Encodes a folder of images into a cache of latents, over any number of processes.
 
-The unit of work is a shard: a fixed block of consecutive images. A process takes every n-th shard
-as a whole, and no batch crosses a shard's border, so the bytes do not depend on how many
-processes there are. A shard that is done leaves a record beside it, and a run that was killed is
-taken up again at the first shard without one.
+The unit of work is a shard: a fixed block of consecutive images. A process takes whole shards, and
+no batch crosses a shard's border, so the bytes do not depend on how many processes there are. A
+shard that is done leaves a record beside it, and a run that was killed is taken up again with the
+shards that have none.
 """
 
 import dataclasses
@@ -55,14 +55,16 @@ def cache_latents(options: CacheOptions, processes: Processes) -> None:
         range(first, min(first + options.shard_size, len(folder)))
         for first in range(0, len(folder), options.shard_size)
     ]
-    refusal = None
+    refusal, missing = None, []
     if processes.is_main:
         refusal = _prepare(out, options, manifest, folder)
-    refusal = processes.from_main(refusal)
+        if refusal is None:
+            missing = [n for n in range(len(shards)) if read_record(out, n) is None]
+    refusal, missing = processes.from_main((refusal, missing))
     if refusal is not None:
         raise UserError(refusal)
     start = time.perf_counter()
-    encoded = encode_shards(options, processes, vae, folder, shards)
+    encoded = encode_shards(options, processes, vae, folder, shards, missing)
     encoded = sum(processes.gather(encoded))
     if processes.is_main:
         manifest = _finish(out, manifest, len(shards))

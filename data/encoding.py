@@ -124,11 +124,11 @@ def encode_shards(
     vae: VAE,
     folder: ImageFolder,
     shards: list[range],
+    missing: list[int],
 ) -> int:
-    """Encode and write the shards of this process that are not there yet; images encoded."""
-    out, size = Path(options.cached_path), options.batch_size
-    mine = range(processes.rank, len(shards), processes.world_size)
-    numbers = [number for number in mine if read_record(out, number) is None]
+    """Encode and write this process's part of the missing shards; how many images these were."""
+    size = options.batch_size
+    numbers = missing[processes.rank :: processes.world_size]
     batches = {
         number: [
             list(shards[number][first : first + size])
@@ -144,9 +144,10 @@ def encode_shards(
         pin_memory=processes.device.type == "cuda",
     )
     arriving = iter(loader)
-    total = sum(len(shards[number]) for number in mine)
     todo = sum(len(shards[number]) for number in numbers)
-    bar = progress(None, processes, "encoding", "img", total=total, initial=total - todo)
+    done = len(folder) - sum(len(shards[number]) for number in missing)
+    done //= processes.world_size
+    bar = progress(None, processes, "encoding", "img", total=done + todo, initial=done)
     encoder = _Encoder(vae, options)
     with bar, ThreadPoolExecutor(max_workers=1) as writer:
         pending: list[Future] = []

@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from core.distributed import processes
+from core.distributed import NO_HURRY, processes
 from core.errors import UserError, command
 from core.logging import get_logger
 from evaluations.sampled import parse_flags
@@ -25,7 +25,7 @@ def main() -> None:
     flags = parse_flags()
     if flags.classes is None:
         raise UserError("--classes: needed, the columns of the picture, such as 207,360,387")
-    with processes(flags.device, cpu_threads=1) as group:
+    with processes(flags.device, cpu_threads=1, timeout=NO_HURRY) as group:
         rows = []
         for rule in RULES:
             own = {"inference": rule, "per_proc_batch_size": 1, "num_per_class": 1, "save": "none"}

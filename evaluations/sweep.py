@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from core.distributed import Processes, processes
+from core.distributed import NO_HURRY, Processes, processes
 from core.errors import UserError, command
 from core.files import complete_file
 from evaluations.compare import markdown, read_rows
@@ -82,7 +82,7 @@ def main() -> None:
         words = list(itertools.takewhile(lambda w: not w.startswith("--"), argv[at + 1 :]))
         argv = argv[:at] + argv[at + 1 + len(words) :]
     flags = parse_flags(argv)
-    with processes(flags.device, cpu_threads=1) as group:
+    with processes(flags.device, cpu_threads=1, timeout=NO_HURRY) as group:
         paths = run_sets(argv, grid_of(words), group, flags.sample_dir / "sweep.json")
         if group.is_main:
             sys.stdout.write(markdown(read_rows(paths)) + "\n")

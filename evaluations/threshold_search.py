@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from config.load import dump_config
-from core.distributed import processes
+from core.distributed import NO_HURRY, processes
 from core.errors import UserError, command
 from core.files import complete_folder
 from core.logging import get_logger
@@ -96,7 +96,7 @@ def main() -> None:
     if flags.metrics is None:
         raise UserError("--metrics: needed, a reference to score the images against")
     sets = combinations(tuple(own.gammas.split(",")))
-    with processes(flags.device, cpu_threads=1) as group:
+    with processes(flags.device, cpu_threads=1, timeout=NO_HURRY) as group:
         paths = run_sets(argv, sets, group, flags.sample_dir / "threshold_search.json")
         if not group.is_main:
             return
