@@ -4,6 +4,7 @@ Sample and score one set for each combination of flags of sample_ddp.py, such as
 size and sampler (Tables 13 to 15), and print them as a table. Finished sets are not made again.
 """
 
+import argparse
 import itertools
 import json
 import sys
@@ -73,17 +74,18 @@ def grid_of(words: list[str]) -> list[Combination]:
 @command
 def main() -> None:
     """Parse the command line, run the grid and print the table."""
-    argv = sys.argv[1:]
-    if "--grid" not in argv and not {"-h", "--help"} & set(argv):
-        raise UserError("--grid: needed, such as --grid cfg_scale=1,1.5 sampler=euler,heun")
-    words = []
-    if "--grid" in argv:
-        at = argv.index("--grid")
-        words = list(itertools.takewhile(lambda w: not w.startswith("--"), argv[at + 1 :]))
-        argv = argv[:at] + argv[at + 1 + len(words) :]
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluations.sweep",
+        description=__doc__.split("\n\n")[1],
+        epilog="All other flags are those of sample_ddp.py: see its --help.",
+    )
+    parser.add_argument(
+        "--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE", help="what is varied"
+    )
+    own, argv = parser.parse_known_args()
     flags = parse_flags(argv)
     with processes(flags.device, cpu_threads=1, timeout=NO_HURRY) as group:
-        paths = run_sets(argv, grid_of(words), group, flags.sample_dir / "sweep.json")
+        paths = run_sets(argv, grid_of(own.grid), group, flags.sample_dir / "sweep.json")
         if group.is_main:
             sys.stdout.write(markdown(read_rows(paths)) + "\n")
 

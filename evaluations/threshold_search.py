@@ -81,7 +81,9 @@ def write_checkpoint(pretrained: Pretrained, rule: str, out: Path) -> None:
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluations.threshold_search", description=__doc__.split("\n\n")[1]
+        prog="python -m evaluations.threshold_search",
+        description=__doc__.split("\n\n")[1],
+        epilog="All other flags are those of sample_ddp.py: see its --help.",
     )
     parser.add_argument("--gammas", default=",".join(GAMMAS), help="default: those of Table 10")
     parser.add_argument("--write", type=Path, help="checkpoint folder to write with the best one")
