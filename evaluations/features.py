@@ -7,7 +7,9 @@ Shapes: N images, H and W of an image, D features.
 """
 
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -153,15 +155,19 @@ def extract(
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 
-def open_npz(path: Path) -> NpzReader:
-    """The arrays of a file, of which none is read yet.
+@contextmanager
+def open_npz(path: Path) -> Iterator[NpzReader]:
+    """The arrays of a file, read when they are asked for.
 
     Raises:
-        UserError: no such file, or no `.npz`.
+        UserError: no such file, no `.npz`, or damage that is met while it is read.
     """
     try:
-        return NpzReader(path)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        with NpzReader(path) as file:
+            yield file
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: no readable .npz file: {error}") from error
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from core.errors import UserError
 
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of torch-fidelity's weight file, pt_inception-2015-12-05-6726825d.pth."""
+"""Of torch-fidelity's weight file, weights-inception-2015-12-05-6726825d.pth."""
 
 SIDE = 299
 SPATIAL_CHANNELS = 7

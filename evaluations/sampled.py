@@ -58,7 +58,8 @@ def sample_and_score(flags: argparse.Namespace, processes: Processes) -> Path | 
         if outcome is not None:
             outcome.write_record()
         return None if outcome is None else outcome.record_path
-    open_npz(flags.metrics)  # hours before it is needed
+    with open_npz(flags.metrics):  # hours before it is needed
+        pass
     with processes.main_first():
         extractor = extractor_from(flags, processes.device)
     facts = {"features": extractor.name, "features_sha256": extractor.weights_hash}

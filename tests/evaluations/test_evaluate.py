@@ -191,6 +191,13 @@ def test_what_is_no_set_of_samples_is_named(weights, images, tmp_path, monkeypat
     assert "has no arr_0 and no pool, but x" in refusal(monkeypatch, capsys, *base)
     np.savez(tmp_path / "smp.npz", arr_0=images[:3].astype(np.float32))
     assert "must be uint8 (N, H, W, 3), got float32" in refusal(monkeypatch, capsys, *base)
+    np.savez(tmp_path / "smp.npz", arr_0=images[:5])
+    content = bytearray((tmp_path / "smp.npz").read_bytes())
+    content[2000] ^= 1  # inside the array: zip's own checksum notices
+    (tmp_path / "smp.npz").write_bytes(content)
+    assert "smp.npz: no readable .npz file: Bad CRC-32" in refusal(monkeypatch, capsys, *base)
+    np.savez(tmp_path / "smp.npz", arr_0=images[:5], labels=np.array([{}], dtype=object))
+    assert "smp.npz: no readable .npz file: Object arrays" in refusal(monkeypatch, capsys, *base)
     base[1] = tmp_path / "folder"
     base[1].mkdir()
     assert "no images in it" in refusal(monkeypatch, capsys, *base)
