@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from benchmarks.measure import activation_memory, alternate, machine, report
 from benchmarks.pseudo_code import Algorithm3
+from config.model import FeedForwardConfig
 from config.schema import (
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
-    FeedForwardConfig,
     ModelConfig,
     TokenChoiceConfig,
 )

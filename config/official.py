@@ -1,19 +1,22 @@
 """The constructors of the published models, as configs of ours."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from config.model import FeedForwardConfig
 from config.schema import (
+    DeepSeekConfig,
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
-    FeedForwardConfig,
     ModelConfig,
     TokenChoiceConfig,
 )
 from core.errors import UserError, unknown_name
 
-DEFAULTS = {
+DIT = {
     "input_size": 32,
     "patch_size": 2,
     "in_channels": 4,
@@ -31,14 +34,80 @@ DEFAULTS = {
 }
 """Keywords of the official constructors, with what they mean when left out."""
 
-MOE_KEYS = {
-    "n_shared_experts",
-    "num_experts",
-    "capacity",
-    "init_MoeMLP",
-    "interleave",
-    "capacity_schedule",
+DSMOE = DIT | {
+    "rope_type": "none",
+    "norm_type": "layernorm",
+    "enable_gqa": False,
+    "use_sinks": False,
+    "sliding_window": 0,
+    "use_kda": False,
+    "kda_kwargs": None,
 }
+
+JIT = {
+    "input_size": 256,
+    "patch_size": 16,
+    "in_channels": 3,
+    "hidden_size": 1024,
+    "depth": 24,
+    "num_heads": 16,
+    "mlp_ratio": 4.0,
+    "num_classes": 1000,
+    "bottleneck_dim": 128,
+    "in_context_len": 32,
+    "in_context_start": 8,
+    "attn_drop": 0.0,
+    "proj_drop": 0.0,
+    "moe_config": None,
+}
+
+MOE_KEYS = dict.fromkeys(
+    (
+        *("n_shared_experts", "num_experts", "capacity", "init_MoeMLP", "interleave"),
+        "capacity_schedule",
+    ),
+    False,
+)
+
+DEEPSEEK_KEYS = {
+    "num_experts": True,
+    "hidden_size": False,
+    "moe_intermediate_size": True,
+    "n_group": True,
+    "topk_group": True,
+    "num_experts_per_tok": True,
+    "routed_scaling_factor": True,
+    "interleave": True,
+    "use_shared_expert": True,
+}
+"""Keys of MoE_config, and whether the constructor fails without them."""
+
+DSMOE_KEYS = DEEPSEEK_KEYS | {
+    "skip_first2": True,
+    "skip_last2": False,
+    "capacity": False,
+    "init_MoeMLP": False,
+    "use_type": False,
+    "group_bins": False,
+    "local_top_p": False,
+}
+
+JIT_KEYS = DEEPSEEK_KEYS | {"proj_drop": True}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of official models.
+
+    Attributes:
+        keywords: of the constructor, with their defaults.
+        moe_keys: of MoE_config; True for those that must be there.
+        build: (all keywords, MoE_config) -> our config.
+    """
+
+    keywords: dict[str, Any]
+    moe_keys: dict[str, bool]
+    build: Callable[[dict, dict], ModelConfig]
 
 
 def official_config(family: str, ctor: Mapping[str, Any]) -> ModelConfig:
@@ -49,25 +118,36 @@ def official_config(family: str, ctor: Mapping[str, Any]) -> ModelConfig:
     """
     if family not in FAMILIES:
         raise unknown_name("family", family, FAMILIES)
+    known = FAMILIES[family]
     for name in ctor:
-        if name not in DEFAULTS:
-            raise unknown_name("official constructor", name, DEFAULTS)
-    values = DEFAULTS | dict(ctor)
+        if name not in known.keywords:
+            raise unknown_name("official constructor", name, known.keywords)
+    values = {"class_dropout_prob": 0.1, "learn_sigma": False, "head_dim": None}
+    values |= {"use_swiglu": False} | known.keywords | dict(ctor)
     if not values["class_dropout_prob"]:
         raise UserError("class_dropout_prob: 0 has no null class; above 0 is allowed")
-    moe = dict(values["MoE_config"] or {})
+    section = "moe_config" if "moe_config" in values else "MoE_config"
+    moe = dict(values[section] or {})
     for name in moe:
-        if name not in MOE_KEYS:
-            raise unknown_name("MoE_config", name, MOE_KEYS)
-    shape = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-    return ModelConfig(
-        **{key: values[key] for key in (*shape, "head_dim", "num_classes", "learn_sigma")},
-        mlp="swiglu" if values["use_swiglu"] else "gelu",
-        mlp_ratio=float(values["mlp_ratio"]),
-        label_dropout=values["class_dropout_prob"],
-        moe_every=2 if moe.get("interleave") else 1,
-        feed_forward=FAMILIES[family](values, moe),
-    )
+        if name not in known.moe_keys:
+            raise unknown_name(section, name, known.moe_keys)
+    missing = [name for name, needed in known.moe_keys.items() if needed and name not in moe]
+    if missing and (moe or family == "dsmoe"):
+        raise UserError(
+            f"{section}.{missing[0]}: missing; the official code fails without it, and what it "
+            "would mean is not known"
+        )
+    return known.build(values, moe)
+
+
+def _dit_model(feed_forward: Callable[[dict, dict], FeedForwardConfig]) -> Callable:
+    """Builds the models of DiT's and DiffMoE's repositories, which differ in the layer alone."""
+
+    def build(values: dict, moe: dict) -> ModelConfig:
+        layer = feed_forward(values, moe)
+        return dataclasses.replace(_backbone(values, moe), feed_forward=layer)
+
+    return build
 
 
 def _shared(values: dict, moe: dict) -> dict[str, Any]:
@@ -118,12 +198,93 @@ def _dense(values: dict, moe: dict) -> DenseConfig:
     return DenseConfig()
 
 
-FAMILIES: dict[str, Callable[[dict, dict], FeedForwardConfig]] = {
-    "dit": _dense,
-    "sit": _dense,
-    "diffmoe_dense": _dense,
-    "diffmoe_tc": _token_choice,
-    "diffmoe_ec": _expert_choice,
-    "diffmoe": _diffmoe,
+def _deepseek(moe: dict, expert_mlp: str) -> DeepSeekConfig:
+    """The layer of DSMoE and JiTMoE."""
+    width = moe["moe_intermediate_size"]
+    # Without a shared expert the published code adds the layer's input.
+    shared = {"shared_mlp": "identity"}
+    if moe["use_shared_expert"]:
+        shared = {"shared_mlp": expert_mlp, "shared_intermediate_size": width}
+    return DeepSeekConfig(
+        num_experts=moe["num_experts"],
+        expert_mlp=expert_mlp,
+        intermediate_size=width,
+        top_k=moe["num_experts_per_tok"],
+        num_groups=moe["n_group"],
+        top_k_groups=moe["topk_group"],
+        routed_scaling_factor=float(moe["routed_scaling_factor"]),
+        bias_update_rate=0.0,
+        zero_masked_groups=True,
+        **shared,
+    )
+
+
+def _dsmoe_model(values: dict, moe: dict) -> ModelConfig:
+    """DSMoE: dense blocks have a SiLU MLP whatever `use_swiglu` says."""
+    for key, off in (("use_sinks", False), ("sliding_window", 0), ("use_kda", False)):
+        _only(key, values[key], off)
+    _only("MoE_config.skip_last2", moe.get("skip_last2"), False)
+    first = moe["skip_first2"]
+    rope = values["rope_type"]
+    return dataclasses.replace(
+        _backbone(values, moe),
+        mlp="silu",
+        norm=values["norm_type"],
+        rope=rope,
+        positions="sincos" if rope == "none" else "none",
+        num_kv_heads=values["num_heads"] // 2 if values["enable_gqa"] else None,
+        leading_dense=2 if first is True else int(first),
+        feed_forward=_deepseek(moe, "swiglu"),
+    )
+
+
+def _jit_model(values: dict, moe: dict) -> ModelConfig:
+    """JiT and JiTMoE."""
+    _only("attn_drop", values["attn_drop"], 0.0)
+    layer: FeedForwardConfig = DenseConfig()
+    if moe and moe["interleave"]:  # otherwise the published code has no experts
+        layer = _deepseek(moe, "swiglu_bias")
+    return dataclasses.replace(
+        _backbone(values, moe),
+        mlp="swiglu_bias",
+        intermediate_size=int(int(values["hidden_size"] * values["mlp_ratio"]) * 2 / 3),
+        norm="rmsnorm",
+        final_norm="rmsnorm",
+        qk_norm=True,
+        rope="2d",
+        bottleneck_size=values["bottleneck_dim"],
+        context_tokens=values["in_context_len"],
+        context_start=values["in_context_start"],
+        dropout=float(moe["proj_drop"] if moe else values["proj_drop"]),
+        feed_forward=layer,
+    )
+
+
+def _only(key: str, value: Any, allowed: Any) -> None:
+    if value not in (None, allowed):
+        raise UserError(f"{key}: {value!r} has no counterpart; allowed: {allowed!r}")
+
+
+def _backbone(values: dict, moe: dict) -> ModelConfig:
+    """The keys that all families mean alike."""
+    shape = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
+    return ModelConfig(
+        **{key: values[key] for key in (*shape, "head_dim", "num_classes", "learn_sigma")},
+        mlp="swiglu" if values["use_swiglu"] else "gelu",
+        mlp_ratio=float(values["mlp_ratio"]),
+        label_dropout=values["class_dropout_prob"],
+        moe_every=2 if moe.get("interleave") else 1,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "dit": Family(DIT, MOE_KEYS, _dit_model(_dense)),
+    "sit": Family(DIT, MOE_KEYS, _dit_model(_dense)),
+    "diffmoe_dense": Family(DIT, MOE_KEYS, _dit_model(_dense)),
+    "diffmoe_tc": Family(DIT, MOE_KEYS, _dit_model(_token_choice)),
+    "diffmoe_ec": Family(DIT, MOE_KEYS, _dit_model(_expert_choice)),
+    "diffmoe": Family(DIT, MOE_KEYS, _dit_model(_diffmoe)),
+    "dsmoe": Family(DSMOE, DSMOE_KEYS, _dsmoe_model),
+    "jit": Family(JIT, JIT_KEYS, _jit_model),
 }
-"""Families of official models: (all keywords, MoE_config) -> our feed-forward section."""
+"""Families of official models by the name that importers give."""

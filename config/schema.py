@@ -7,138 +7,14 @@ file say which. A field that is None here is filled in by `config.load` from oth
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-@dataclass
-class DenseConfig:
-    """The plain MLP of DiT in every block.
-
-    Attributes:
-        name: which feed-forward layer.
-    """
-
-    name: Literal["dense"] = "dense"
-
-
-@dataclass
-class TokenChoiceConfig:
-    """Token choice (TC-DiT, Eq. 2-3, Algorithm 2): every token takes its top-k experts.
-
-    Attributes:
-        name: which feed-forward layer.
-        num_experts: experts in each MoE layer, N of the paper.
-        top_k: experts per token, K.
-        balance_loss_weight: weight of the load-balancing loss of each layer; 0 turns it off.
-        shared_mlp: a dense MLP that every token goes through besides, or `none`.
-        shared_intermediate_size: hidden width of the shared MLP.
-    """
-
-    name: Literal["token_choice"] = "token_choice"
-    num_experts: int = 16
-    top_k: int = 1
-    balance_loss_weight: float = 0.01
-    shared_mlp: Literal["none", "gelu", "swiglu"] = "none"
-    shared_intermediate_size: int = 0
-
-
-@dataclass
-class ExpertChoiceConfig:
-    """Expert choice (EC-DiT, Algorithm 1): every expert takes its top tokens of the pool.
-
-    Attributes:
-        name: which feed-forward layer.
-        num_experts: experts in each MoE layer, N of the paper.
-        capacity: C of Eq. 8 in training and top-k inference; 1 costs what a dense layer costs.
-        pool: an expert chooses among the tokens of one `sample` or of the whole `batch`.
-        capacity_predictor: train a predictor of the choice (Eq. 10-13), with its thresholds.
-        capacity_loss_weight: weight of the predictor's binary cross-entropy, summed over layers.
-        threshold_decay: alpha of Eq. 17.
-        inference: in evaluation take the top `capacity`, or as many tokens as the predictor
-            puts above the `dynamic` thresholds (Eq. 14, Algorithm 4), or above the `fixed`
-            threshold of all experts (Eq. 16, Table 10).
-        inference_capacity: C of top-k inference where it differs from training (Table 4).
-        fixed_threshold: gamma of `fixed` inference.
-        capacity_schedule: steps (I, II): capacity is num_experts up to step I, falls linearly to
-            `capacity` at step II and stays there. None: constant.
-        round_share_first: tokens per expert int((T / E) * C) as in Algorithm 3, which loses a
-            token for some E (7, 11, 13 ...), instead of int(T * C / E).
-        shared_mlp: a dense MLP that every token goes through besides, or `none`.
-        shared_intermediate_size: hidden width of the shared MLP.
-    """
-
-    name: Literal["expert_choice"] = "expert_choice"
-    num_experts: int = 16
-    capacity: float = 1.0
-    pool: Literal["sample", "batch"] = "sample"
-    capacity_predictor: bool = False
-    capacity_loss_weight: float = 1.0
-    threshold_decay: float = 0.95
-    inference: Literal["topk", "dynamic", "fixed"] = "topk"
-    inference_capacity: float | None = None
-    fixed_threshold: float = 0.5
-    capacity_schedule: tuple[int, int] | None = None
-    round_share_first: bool = False
-    shared_mlp: Literal["none", "gelu", "swiglu"] = "none"
-    shared_intermediate_size: int = 0
-
-
-@dataclass
-class DiffMoEConfig(ExpertChoiceConfig):
-    """DiffMoE (Algorithms 3-4): expert choice over the batch, with capacity predictor.
-
-    Attributes:
-        name: which feed-forward layer.
-    """
-
-    name: Literal["diffmoe"] = "diffmoe"
-    pool: Literal["sample", "batch"] = "batch"
-    capacity_predictor: bool = True
-    inference: Literal["topk", "dynamic", "fixed"] = "dynamic"
-
-
-FeedForwardConfig = DenseConfig | TokenChoiceConfig | ExpertChoiceConfig | DiffMoEConfig
-
-
-@dataclass
-class ModelConfig:
-    """The DiT backbone.
-
-    Attributes:
-        input_size: side of the square latent, in latent pixels (image side / VAE factor).
-        in_channels: channels of the latent.
-        patch_size: side of one patch, in latent pixels.
-        hidden_size: width D of the tokens.
-        depth: number of blocks.
-        num_heads: attention heads; divides hidden_size.
-        head_dim: width of an attention head; by default hidden_size / num_heads.
-        mlp: dense layers and experts are two layers with `gelu`, or a bias-free `swiglu`.
-        mlp_ratio: hidden width of a feed-forward layer or expert, in units of hidden_size.
-        num_classes: labels are 0 ... num_classes - 1; the null class is num_classes. 0 trains
-            without labels.
-        label_dropout: probability of training a sample without its label, for guidance.
-        learn_sigma: twice the output channels, for a learned variance; by default what the
-            objective needs (ddpm: true, flow: false).
-        moe_every: every n-th block (2: the second, fourth, ...; 1: all) has the configured
-            feed-forward layer, the others a dense one.
-        expert_backend: how experts compute: `bmm` (equal counts), `loop` (one by one),
-            `grouped_mm` (any counts in one kernel), or what is fastest on the device.
-        feed_forward: the feed-forward layer.
-    """
-
-    input_size: int = 32
-    in_channels: int = 4
-    patch_size: int = 2
-    hidden_size: int = 384
-    depth: int = 12
-    num_heads: int = 6
-    head_dim: int | None = None
-    mlp: Literal["gelu", "swiglu"] = "gelu"
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    label_dropout: float = 0.1
-    learn_sigma: bool | None = None
-    moe_every: int = 2
-    expert_backend: Literal["auto", "loop", "bmm", "grouped_mm"] = "auto"
-    feed_forward: FeedForwardConfig = field(default_factory=DiffMoEConfig)
+from config.model import (
+    DeepSeekConfig,
+    DenseConfig,
+    DiffMoEConfig,
+    ExpertChoiceConfig,
+    ModelConfig,
+    TokenChoiceConfig,
+)
 
 
 @dataclass
@@ -155,6 +31,12 @@ class FlowConfig:
         train_eps: distance that training keeps from times where the formulas blow up; by default
             1e-5 for vp, else 1e-3, and always 0 for a predicted velocity or x that is not vp.
         sample_eps: the same for sampling; by default 1e-3.
+        t_eps: least sigma (1 - t on the straight path) that the velocity of a predicted x is
+            divided by.
+        time_distribution: training times are `uniform`, or sigmoid(N(time_mean, time_std)).
+        time_mean: of `logit_normal` times, P_mean of JiT.
+        time_std: of `logit_normal` times, P_std of JiT.
+        noise_scale: standard deviation of the noise.
     """
 
     name: Literal["flow"] = "flow"
@@ -163,6 +45,11 @@ class FlowConfig:
     loss_weighting: Literal["none", "velocity", "likelihood"] = "none"
     train_eps: float | None = None
     sample_eps: float | None = None
+    t_eps: float = 0.05
+    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    time_mean: float = -0.8
+    time_std: float = 0.8
+    noise_scale: float = 1.0
 
 
 @dataclass
@@ -312,13 +199,14 @@ class SamplingConfig:
     """How samples are drawn, for grids during training and as sample_ddp.py's defaults.
 
     Attributes:
-        sampler: flow: euler, heun, dopri5 or another ODE method of torchdiffeq, or the SDE by
-            euler_maruyama or stochastic_heun; ddpm: ddpm, ddim. By default euler or ddpm.
+        sampler: flow: euler, heun, heun_euler (Heun with a last step of Euler), dopri5 or another
+            ODE method of torchdiffeq, or the SDE by euler_maruyama or stochastic_heun; ddpm:
+            ddpm, ddim. By default euler or ddpm.
         num_steps: steps of the sampler, the SDE's last step included; adaptive methods such as
             dopri5 choose their own.
         cfg_scale: classifier-free guidance scale; 1 is no guidance.
-        cfg_interval: guide only at times low < t < high, as the model counts them; by default
-            always.
+        cfg_interval: guide only at times low < t < high, as the model counts them; a low of 0
+            is no bound. By default always.
         cfg_channels: guide all channels of the latent, or the first 3 as DiT and SiT do.
         cfg_pooling: conditional and unconditional half in `separate` calls, or `joint` in one
             batch, whose tokens a batch-level router then pools.
@@ -412,12 +300,24 @@ FEED_FORWARDS = {
     "token_choice": TokenChoiceConfig,
     "expert_choice": ExpertChoiceConfig,
     "diffmoe": DiffMoEConfig,
+    "deepseek": DeepSeekConfig,
 }
 
 OBJECTIVES = {"flow": FlowConfig, "ddpm": DDPMConfig}
 
 ODE_METHODS = (
-    *("euler", "heun", "dopri5", "midpoint", "rk4", "heun2", "heun3", "bosh3", "dopri8"),
+    *(
+        "euler",
+        "heun",
+        "heun_euler",
+        "dopri5",
+        "midpoint",
+        "rk4",
+        "heun2",
+        "heun3",
+        "bosh3",
+        "dopri8",
+    ),
     *("fehlberg2", "adaptive_heun", "explicit_adams", "implicit_adams", "fixed_adams"),
     "scipy_solver",
 )

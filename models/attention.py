@@ -3,24 +3,50 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.norms import RMSNorm
+from models.positions import Rotation, rotate
+
 
 class Attention(nn.Module):
     """Multi-head self-attention with biases: (B, S, D) -> (B, S, D).
 
-    `head_dim` is hidden_size / num_heads unless given.
+    Args:
+        hidden_size: D.
+        num_heads: of queries.
+        head_dim: width of a head; hidden_size / num_heads unless given.
+        num_kv_heads: of keys and values; fewer than `num_heads` are shared (Ainslie et al. 2023).
+        qk_norm: RMS-normalise queries and keys of each head.
+        dropout: of the output.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, head_dim: int | None = None):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
         self.head_dim = head_dim or hidden_size // num_heads
-        inner = self.num_heads * self.head_dim
-        self.qkv = nn.Linear(hidden_size, 3 * inner)
-        self.proj = nn.Linear(inner, hidden_size)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv = nn.Linear(hidden_size, heads * self.head_dim)
+        self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(self.num_heads * self.head_dim, hidden_size)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Attention among `x` (B, S, D), whose positions turn queries and keys by `rotation`."""
         B, S, _ = x.shape
-        qkv = self.qkv(x).view(B, S, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, S, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        qkv = self.qkv(x).view(B, S, -1, self.head_dim).transpose(1, 2)
+        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, heads, S, head_dim)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        grouped = self.num_kv_heads < self.num_heads
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))

@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 
 from core.types import RoutingRecord
+from models.norms import build_norm
+from models.positions import Rotation
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -15,22 +17,31 @@ class DiTBlock(nn.Module):
 
     Args:
         hidden_size: D.
-        attention: (B, S, D) -> (B, S, D).
+        attention: (B, S, D), rotation of positions or None -> (B, S, D).
         feed_forward: (B, S, D) -> ((B, S, D), RoutingRecord or None).
+        norm: kind of normalisation before both.
     """
 
-    def __init__(self, hidden_size: int, attention: nn.Module, feed_forward: nn.Module):
+    def __init__(
+        self,
+        hidden_size: int,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        norm: str = "layernorm",
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm1 = build_norm(norm, hidden_size)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm2 = build_norm(norm, hidden_size)
         self.feed_forward = feed_forward
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, RoutingRecord | None]:
+    def forward(
+        self, x: Tensor, c: Tensor, rotation: Rotation | None = None
+    ) -> tuple[Tensor, RoutingRecord | None]:
         """x (B, S, D) under the condition c (B, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
         y, record = self.feed_forward(modulate(self.norm2(x), shift2, scale2))
         return x + gate2[:, None] * y, record
 
@@ -38,9 +49,9 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated norm and the projection to patches: (B, S, D) -> (B, S, patch_features)."""
 
-    def __init__(self, hidden_size: int, patch_features: int):
+    def __init__(self, hidden_size: int, patch_features: int, norm: str = "layernorm"):
         super().__init__()
-        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm = build_norm(norm, hidden_size)
         self.linear = nn.Linear(hidden_size, patch_features)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 

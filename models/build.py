@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from config.schema import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
+from config.schema import DeepSeekConfig, ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from models.dit import DiT
-from models.feed_forward import DENSE
+from models.feed_forward import build_mlp
 from models.moe.capacity import CapacityPredictor
+from models.moe.deepseek import DeepSeekRouter
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
 from models.moe.routers import ExpertChoiceRouter, TokenChoiceRouter
@@ -17,60 +18,60 @@ def build_model(config: ModelConfig) -> DiT:
     """The model that a config describes, freshly initialised from torch's global generator."""
 
     def feed_forward(block: int) -> nn.Module:
-        moe = (block + 1) % config.moe_every == 0
-        return FEED_FORWARDS[config.feed_forward.name if moe else "dense"](config)
+        name = config.feed_forward.name if config.has_experts(block) else "dense"
+        return FEED_FORWARDS[name](config, config.dropout_of(block))
 
     return DiT(config, feed_forward)
 
 
-def _dense(config: ModelConfig) -> nn.Module:
-    return DENSE[config.mlp](config.hidden_size, _intermediate_size(config))
+def _dense(config: ModelConfig, dropout: float = 0.0) -> nn.Module:
+    return build_mlp(config.mlp, config.hidden_size, config.dense_width(), dropout)
 
 
-def _token_choice(config: ModelConfig) -> MoEFeedForward:
+def _token_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: TokenChoiceConfig = config.feed_forward
     router = TokenChoiceRouter(
         config.hidden_size, layer.num_experts, layer.top_k, layer.balance_loss_weight
     )
-    return MoEFeedForward(router, _experts(config), _shared(config))
+    return _moe(config, router, dropout)
 
 
-def _expert_choice(config: ModelConfig) -> MoEFeedForward:
+def _deepseek(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
+    layer: DeepSeekConfig = config.feed_forward
+    return _moe(config, DeepSeekRouter(config.hidden_size, layer), dropout)
+
+
+def _expert_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: ExpertChoiceConfig = config.feed_forward
     predictor = None
     if layer.capacity_predictor:
         predictor = CapacityPredictor(config.hidden_size, layer.num_experts, layer.threshold_decay)
-    router = ExpertChoiceRouter(config.hidden_size, layer, predictor)
-    return MoEFeedForward(router, _experts(config), _shared(config))
+    return _moe(config, ExpertChoiceRouter(config.hidden_size, layer, predictor), dropout)
 
 
-def _experts(config: ModelConfig) -> Experts:
-    num_experts = config.feed_forward.num_experts
-    return Experts(
-        num_experts,
-        config.hidden_size,
-        _intermediate_size(config),
-        config.mlp,
+def _moe(config: ModelConfig, router: nn.Module, dropout: float) -> MoEFeedForward:
+    """The layer around `router`."""
+    layer, D = config.feed_forward, config.hidden_size
+    experts = Experts(
+        layer.num_experts,
+        D,
+        config.expert_width(),
+        layer.expert_mlp or config.mlp,
         config.expert_backend,
+        dropout,
     )
+    shared = None
+    if layer.shared_mlp != "none":
+        shared = build_mlp(layer.shared_mlp, D, layer.shared_intermediate_size, dropout)
+    return MoEFeedForward(router, experts, shared)
 
 
-def _shared(config: ModelConfig) -> nn.Module | None:
-    layer = config.feed_forward
-    if layer.shared_mlp == "none":
-        return None
-    return DENSE[layer.shared_mlp](config.hidden_size, layer.shared_intermediate_size)
-
-
-def _intermediate_size(config: ModelConfig) -> int:
-    return int(config.hidden_size * config.mlp_ratio)
-
-
-FEED_FORWARDS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
     "dense": _dense,
     "token_choice": _token_choice,
     "expert_choice": _expert_choice,
     "diffmoe": _expert_choice,  # the same layer: pool of the batch, with a predictor
+    "deepseek": _deepseek,
 }
-"""One line for each feed-forward layer; its options are the dataclass of that name in
-`config.schema.FEED_FORWARDS`."""
+"""One line for each feed-forward layer, which takes the model's config and the block's dropout;
+its options are the dataclass of that name in `config.schema.FEED_FORWARDS`."""

@@ -1,4 +1,4 @@
-"""The diffusion transformer (DiT), class-conditional, with any feed-forward layer."""
+"""The diffusion transformer: DiT, DSMoE and JiT are configs of it, with any feed-forward layer."""
 
 from collections.abc import Callable
 
@@ -11,37 +11,62 @@ from config.schema import ModelConfig
 from core.types import ModelOutput, RoutingRecord
 from models.attention import Attention
 from models.blocks import DiTBlock, FinalLayer
-from models.embeddings import LabelEmbedder, TimestepEmbedder
-from models.positions import sincos_2d
+from models.embeddings import BottleneckPatchEmbed, ClassTokens, LabelEmbedder, TimestepEmbedder
+from models.positions import (
+    Rotation,
+    after_context,
+    rotary_1d,
+    rotary_2d,
+    rotation_of,
+    sincos_2d,
+)
 
 
 class DiT(nn.Module):
-    """A transformer on patches of a latent, conditioned on time and class (Peebles & Xie 2023).
+    """A transformer on patches of a latent or an image, conditioned on time and class.
+
+    The block is DiT's (Peebles & Xie 2023). Rotary positions, other norms, shared keys and values
+    and leading dense blocks are those of DSMoE; JiT (Li & He 2025) adds a patch embedding through
+    a bottleneck and tokens of the class, which join those of the image before block
+    `context_start` and leave them before the output layer.
 
     Args:
         config: shape of the model; `learn_sigma` doubles the channels of the prediction.
         feed_forward: makes the feed-forward layer of block i.
     """
 
-    positions: Tensor
-
     def __init__(self, config: ModelConfig, feed_forward: Callable[[int], nn.Module]):
         super().__init__()
         D, p = config.hidden_size, config.patch_size
         self.config = config
         self.out_channels = config.in_channels * (2 if config.learn_sigma else 1)
-        self.patch_embed = PatchEmbed(config.input_size, p, config.in_channels, D)
+        if config.bottleneck_size is None:
+            self.patch_embed = PatchEmbed(config.input_size, p, config.in_channels, D)
+        else:
+            self.patch_embed = BottleneckPatchEmbed(
+                p, config.in_channels, config.bottleneck_size, D
+            )
         self.time_embed = TimestepEmbedder(D)
         self.label_embed = LabelEmbedder(config.num_classes, D)
-        positions = sincos_2d(D, config.input_size // p)
-        self.register_buffer("positions", positions, persistent=False)
-        self.blocks = nn.ModuleList(
-            DiTBlock(D, Attention(D, config.num_heads, config.head_dim), feed_forward(i))
-            for i in range(config.depth)
-        )
-        self.final = FinalLayer(D, p**2 * self.out_channels)
+        self.class_tokens = ClassTokens(config.context_tokens, D) if config.context_tokens else None
+        for name, table in position_tables(config).items():
+            self.register_buffer(name, table, persistent=False)
+        self.blocks = nn.ModuleList(self._block(i, feed_forward) for i in range(config.depth))
+        self.final = FinalLayer(D, p**2 * self.out_channels, config.final_norm)
         self.gradient_checkpointing = False
         self.reset_parameters()
+
+    def _block(self, number: int, feed_forward: Callable[[int], nn.Module]) -> DiTBlock:
+        config = self.config
+        attention = Attention(
+            config.hidden_size,
+            config.num_heads,
+            config.head_dim,
+            config.num_kv_heads,
+            config.qk_norm,
+            config.dropout_of(number),
+        )
+        return DiTBlock(config.hidden_size, attention, feed_forward(number), config.norm)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -51,8 +76,11 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        for module in self.patch_embed.modules():
+            if isinstance(module, nn.Conv2d):  # a linear layer on patches
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.normal_(self.label_embed.table.weight, std=0.02)
         for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
@@ -62,30 +90,46 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
-        """Prediction for noisy latents.
+        """Prediction for noisy latents or images.
 
         Args:
             x: (B, C, H, W).
             t: (B,) times as the objective counts them.
             cond: (B,) int64 labels.
         """
-        h = self.patch_embed(x) + self.positions  # (B, S, D)
-        c = self.time_embed(t) + self.label_embed(cond)  # (B, D)
+        h = self.patch_embed(x)  # (B, S, D)
+        if self.config.positions == "sincos":
+            h = h + self.positions
+        label = self.label_embed(cond)  # (B, D)
+        c = self.time_embed(t) + label
+        K = self.config.context_tokens
         records = []
-        for block in self.blocks:
-            h, record = self._run(block, h, c)
+        for number, block in enumerate(self.blocks):
+            if K and number == self.config.context_start:
+                h = self.class_tokens(h, label)  # (B, K + S, D)
+            joined = K and number >= self.config.context_start
+            h, record = self._run(block, h, c, self._rotation(0 if joined else K))
             if record is not None:
                 records.append(record)
-        return ModelOutput(self._unpatchify(self.final(h, c), x.shape[-2:]), records)
+        patches = self.final(h[:, K:], c)
+        return ModelOutput(self._unpatchify(patches, x.shape[-2:]), records)
+
+    def _rotation(self, first: int) -> Rotation | None:
+        """Of all tokens from number `first` on, those of the class being the first."""
+        if self.config.rope == "none":
+            return None
+        return self.rotary_cos[first:], self.rotary_sin[first:]
 
     def enable_gradient_checkpointing(self) -> None:
         """In training keep the inputs of blocks only, and compute the rest again for gradients."""
         self.gradient_checkpointing = True
 
-    def _run(self, block: nn.Module, h: Tensor, c: Tensor) -> tuple[Tensor, RoutingRecord | None]:
+    def _run(
+        self, block: nn.Module, h: Tensor, c: Tensor, rotation: Rotation | None
+    ) -> tuple[Tensor, RoutingRecord | None]:
         if self.gradient_checkpointing and self.training:
-            return checkpoint(block, h, c, use_reentrant=False)
-        return block(h, c)
+            return checkpoint(block, h, c, rotation, use_reentrant=False)
+        return block(h, c, rotation)
 
     def null_condition(self, cond: Tensor) -> Tensor:
         """The condition "no class" in place of `cond` (B,), for guidance."""
@@ -101,3 +145,16 @@ class DiT(nn.Module):
         p, (H, W) = self.config.patch_size, size
         grid = patches.view(-1, H // p, W // p, p, p, self.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, H, W)
+
+
+def position_tables(config: ModelConfig) -> dict[str, Tensor]:
+    """The fixed tables of a model of `config`, by the names of its buffers."""
+    grid, tables = config.input_size // config.patch_size, {}
+    if config.positions == "sincos":
+        tables["positions"] = sincos_2d(config.hidden_size, grid)
+    if config.rope != "none":
+        head_dim = config.head_dim or config.hidden_size // config.num_heads
+        angles = rotary_1d(head_dim, grid**2) if config.rope == "1d" else rotary_2d(head_dim, grid)
+        turns = rotation_of(after_context(angles, config.context_tokens))
+        tables["rotary_cos"], tables["rotary_sin"] = turns
+    return tables

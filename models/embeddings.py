@@ -1,4 +1,4 @@
-"""Embeddings of the noise level and of the class."""
+"""Embeddings of the noise level, of the class, and of patches through a bottleneck."""
 
 import math
 
@@ -51,3 +51,42 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.table(labels)
+
+
+class BottleneckPatchEmbed(nn.Module):
+    """JiT's patch embedding: (B, C, H, W) -> (B, S, D) by way of a narrow layer.
+
+    Args:
+        patch_size: side of a patch.
+        in_channels: C.
+        bottleneck_size: width between the two linear layers, of which the first has no bias.
+        hidden_size: D.
+    """
+
+    def __init__(self, patch_size: int, in_channels: int, bottleneck_size: int, hidden_size: int):
+        super().__init__()
+        self.reduce = nn.Conv2d(
+            in_channels, bottleneck_size, patch_size, stride=patch_size, bias=False
+        )
+        self.expand = nn.Linear(bottleneck_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.expand(self.reduce(x).flatten(2).transpose(1, 2))
+
+
+class ClassTokens(nn.Module):
+    """Tokens of the class that join those of the image (JiT): label vector plus position.
+
+    Args:
+        num_tokens: how many, K.
+        hidden_size: D.
+    """
+
+    def __init__(self, num_tokens: int, hidden_size: int):
+        super().__init__()
+        self.positions = nn.Parameter(torch.empty(num_tokens, hidden_size))
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        """Tokens `x` (B, S, D) with those of `label` (B, D) before them: (B, K + S, D)."""
+        return torch.cat([(label[:, None] + self.positions).to(x.dtype), x], dim=1)

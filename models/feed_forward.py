@@ -1,35 +1,75 @@
 """The dense feed-forward layers."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.types import RoutingRecord
 
 
-class DenseFeedForward(nn.Module):
-    """DiT's MLP with tanh-GELU: (B, S, D) -> (B, S, D), and no routing to report."""
+def tanh_gelu(x: Tensor) -> Tensor:
+    """DiT's activation."""
+    return F.gelu(x, approximate="tanh")
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+
+class DenseFeedForward(nn.Module):
+    """Two linear layers with biases: (B, S, D) -> (B, S, D), and no routing to report.
+
+    Args:
+        hidden_size: D.
+        intermediate_size: hidden width.
+        activation: between the layers.
+        dropout: of the hidden features.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Callable[[Tensor], Tensor] = tanh_gelu,
+        dropout: float = 0.0,
+    ):
         super().__init__()
+        self.activation = activation
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord | None]:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh")), None
+        return self.fc2(self.dropout(self.activation(self.fc1(x)))), None
 
 
 class SwiGLUFeedForward(nn.Module):
-    """silu(x W_gate) * (x W_up) W_down without biases (Shazeer 2020, Eq. 6)."""
+    """silu(x W_gate) * (x W_up) W_down (Shazeer 2020, Eq. 6), with biases if asked for."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, bias: bool = False, dropout: float = 0.0
+    ):
         super().__init__()
-        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord | None]:
-        return self.down(F.silu(self.gate(x)) * self.up(x)), None
+        return self.down(self.dropout(F.silu(self.gate(x)) * self.up(x))), None
 
 
-DENSE = {"gelu": DenseFeedForward, "swiglu": SwiGLUFeedForward}
-"""The MLP of a config's `mlp` or `shared_mlp` key."""
+class Identity(nn.Module):
+    """The layer's input in place of a shared expert, as the published DSMoE code has it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord | None]:
+        return x, None
+
+
+def build_mlp(
+    kind: str, hidden_size: int, intermediate_size: int, dropout: float = 0.0
+) -> nn.Module:
+    """The dense layer of a config's `mlp` or `shared_mlp` key."""
+    if kind == "identity":
+        return Identity()
+    if kind in ("swiglu", "swiglu_bias"):
+        return SwiGLUFeedForward(hidden_size, intermediate_size, kind == "swiglu_bias", dropout)
+    activation = {"gelu": tanh_gelu, "silu": F.silu}[kind]
+    return DenseFeedForward(hidden_size, intermediate_size, activation, dropout)

@@ -42,42 +42,50 @@ def rotary_1d(head_dim: int, num_tokens: int) -> Tensor:
     return _angles(torch.arange(num_tokens), head_dim // 2)[:, None]
 
 
-def rotary_2d(head_dim: int, grid_size: int, num_context: int = 0) -> Tensor:
+def rotary_2d(head_dim: int, grid_size: int) -> Tensor:
     """Angles of rotary positions on a grid: half of a head turns by row, half by column.
 
     Args:
         head_dim: width of an attention head, divisible by 4.
         grid_size: tokens along each side.
-        num_context: tokens before those of the grid, which are not turned.
 
     Returns:
-        (num_context + grid_size**2, 2, head_dim / 4): row and column.
+        (grid_size**2, 2, head_dim / 4): row and column.
     """
     axis = _angles(torch.arange(grid_size), head_dim // 4)  # (grid, head_dim / 4)
     rows = axis.repeat_interleave(grid_size, dim=0)
     columns = axis.repeat(grid_size, 1)
-    grid = torch.stack([rows, columns], dim=1)
-    return torch.cat([grid.new_zeros(num_context, *grid.shape[1:]), grid])
+    return torch.stack([rows, columns], dim=1)
 
 
-def rotate(x: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
+def after_context(angles: Tensor, num_context: int) -> Tensor:
+    """Angles (S, A, F) with those of `num_context` tokens before them, which are not turned."""
+    return torch.cat([angles.new_zeros(num_context, *angles.shape[1:]), angles])
+
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines (S, A, head_dim / (2 A)) of the angles of S tokens along A axes."""
+
+
+def rotation_of(angles: Tensor) -> Rotation:
+    """What `rotate` takes, of the angles (S, A, F)."""
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Turn each pair of channels of queries or keys.
+
+    The head falls into A equal parts, one for each axis; channel i of a part's first half and
+    channel i of its second half are a pair. Computed in float32, whatever `x` is.
 
     Args:
         x: (..., S, head_dim).
-        angles: (S, A, head_dim / (2 A)); the head falls into A equal parts, one for each axis.
-        interleaved: pairs are neighbours (0, 1), (2, 3) ...; otherwise channel i of a part's
-            first half and channel i of its second half.
+        rotation: of the tokens.
     """
-    parts = x.unflatten(-1, (angles.shape[1], -1))  # (..., S, A, head_dim / A)
-    if interleaved:
-        first, second = parts[..., 0::2], parts[..., 1::2]
-    else:
-        first, second = parts.chunk(2, dim=-1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = rotation
+    first, second = x.unflatten(-1, (cos.shape[1], 2, -1)).unbind(-2)  # (..., S, A, F) each
     turned = first * cos - second * sin, second * cos + first * sin
-    joined = torch.stack(turned, dim=-1) if interleaved else torch.cat(turned, dim=-1)
-    return joined.flatten(-3) if interleaved else joined.flatten(-2)
+    return torch.stack(turned, dim=-2).flatten(-3).to(x.dtype)
 
 
 def _angles(index: Tensor, count: int) -> Tensor:

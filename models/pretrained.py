@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
 from config.load import load_config
-from config.schema import Config, FeedForwardConfig
+from config.model import FeedForwardConfig
+from config.schema import Config
 from config.validate import validate
 from core.errors import UserError, unknown_name
 from models.build import build_model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from config.load import parse_config
-from config.schema import DenseConfig, ModelConfig, TokenChoiceConfig
+from config.schema import DeepSeekConfig, DenseConfig, ModelConfig, TokenChoiceConfig
 from core.errors import command
 from models.build import build_model
 from models.official import to_official
@@ -64,7 +64,7 @@ def summarize(config: ModelConfig) -> Summary:
         model = build_model(config)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     named = to_official(model, trainable)
-    positions = model.positions.numel()
+    positions = model.positions.numel() if config.positions == "sincos" else 0
     by_name, by_table = dict.fromkeys(GROUPS, 0), dict.fromkeys(GROUPS, 0)
     for name, tensor in named.items():
         by_name[_group_by_name(name)] += tensor.numel()
@@ -84,7 +84,8 @@ def summarize(config: ModelConfig) -> Summary:
 
 
 def _capacity(layer: object) -> float:
-    return float(layer.top_k if isinstance(layer, TokenChoiceConfig) else layer.capacity)
+    chosen = isinstance(layer, TokenChoiceConfig | DeepSeekConfig)
+    return float(layer.top_k if chosen else layer.capacity)
 
 
 def _count(tensors: dict[str, Tensor]) -> int:

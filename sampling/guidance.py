@@ -55,7 +55,8 @@ class Guided:
         if self.settings.cfg_interval is None:
             return True
         low, high = self.settings.cfg_interval
-        return low < float(t[0]) < high
+        # Compared in the precision of t, as published: the bound 0.1 is that of a step at 0.1.
+        return bool(((t[0] > low) | (low == 0)) & (t[0] < high))
 
 
 class CapacityMeter:

@@ -9,7 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from config.schema import ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
+from config.model import (
+    DeepSeekConfig,
+    ExpertChoiceConfig,
+    ModelConfig,
+    MoEConfig,
+    TokenChoiceConfig,
+)
 from models.build import build_model
 
 
@@ -20,13 +26,11 @@ def training_flops(config: ModelConfig, batch: int = 8) -> float:
     and a capacity schedule are not counted.
     """
     layer = config.feed_forward
-    if isinstance(layer, TokenChoiceConfig):  # as many pairs, but without data-dependent shapes
-        layer = ExpertChoiceConfig(
-            num_experts=layer.num_experts,
-            capacity=layer.top_k,
-            shared_mlp=layer.shared_mlp,
-            shared_intermediate_size=layer.shared_intermediate_size,
-        )
+    if isinstance(layer, TokenChoiceConfig | DeepSeekConfig):
+        # As many pairs, but without data-dependent shapes.
+        common = {f.name: getattr(layer, f.name) for f in dataclasses.fields(MoEConfig)}
+        common["name"] = "expert_choice"
+        layer = ExpertChoiceConfig(**common, capacity=layer.top_k)
     # Attention as plain products: not every fused kernel is known to the counter.
     plain = sdpa_kernel(SDPBackend.MATH)
     with FakeTensorMode(), FlopCounterMode(display=False) as counter, torch.no_grad(), plain:

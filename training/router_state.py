@@ -1,4 +1,8 @@
-"""State of the routers that follows the data, written once per optimizer step."""
+"""State of the routers that follows the data, written once per optimizer step.
+
+What a layer reports of a step is a row of E numbers: the quantiles of its capacity predictor
+(Eq. 17), or the loads of its experts, from which a DeepSeek-style router balances itself.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -7,12 +11,19 @@ from config.schema import ExpertChoiceConfig
 from core.distributed import Processes
 from core.types import RoutingRecord
 from models.moe.capacity import CapacityPredictor
+from models.moe.deepseek import DeepSeekRouter
 from models.moe.routers import ExpertChoiceRouter
 
 
 def capacity_predictors(model: nn.Module) -> list[CapacityPredictor]:
     """The predictors of a model, in the order of its routing records."""
     return [m for m in model.modules() if isinstance(m, CapacityPredictor)]
+
+
+def keepers(model: nn.Module) -> list[CapacityPredictor | DeepSeekRouter]:
+    """The parts of a model that keep such a state, in the order of its routing records."""
+    kinds = CapacityPredictor, DeepSeekRouter
+    return [m for m in model.modules() if isinstance(m, kinds)]
 
 
 def begin_step(model: nn.Module, step: int) -> None:
@@ -32,20 +43,20 @@ def scheduled_capacity(config: ExpertChoiceConfig, step: int) -> float:
 
 
 def update(model: nn.Module, records: list[list[RoutingRecord]], processes: Processes) -> None:
-    """Move the dynamic thresholds by one step of Eq. 17: `reduce`, then `apply`."""
+    """Take one step of thresholds and biases: `reduce`, then `apply`."""
     device = next(model.parameters()).device
-    quantiles, bad = reduce(model, records, torch.zeros((), device=device), processes)
-    apply(model, quantiles, 1 - bad)
+    rows, bad = reduce(model, records, torch.zeros((), device=device), processes)
+    apply(model, rows, 1 - bad)
 
 
 @torch.no_grad()
 def reduce(
     model: nn.Module, records: list[list[RoutingRecord]], bad: Tensor, processes: Processes
 ) -> tuple[Tensor, Tensor]:
-    """Quantiles (L, E) of a step, and whether it went wrong anywhere.
+    """What the layers report of a step, and whether it went wrong anywhere.
 
-    The quantiles are averaged over the micro-batches of the step and, in one collective for all
-    layers, over the processes: thresholds stay equal everywhere, and accumulation takes one step.
+    The rows are averaged over the micro-batches of the step and, in one collective for all
+    layers, over the processes: the state stays equal everywhere, and accumulation takes one step.
 
     Args:
         model: without wrappers.
@@ -54,20 +65,32 @@ def reduce(
         processes: all of which call this function.
 
     Returns:
-        (L, E) quantiles, (0, 0) for a model without predictors, and the scalar 1 or 0.
+        (L, E) rows, (0, 0) for a model whose routers keep no state, and the scalar 1 or 0.
     """
-    quantiles = torch.zeros(0, 0, device=bad.device)
-    if capacity_predictors(model):
-        layers = [torch.stack([r.quantiles for r in micro]) for micro in records]
-        quantiles = torch.stack(layers).float().mean(dim=0)  # (micro-batches, L, E) -> (L, E)
-    both = processes.all_reduce_mean(torch.cat([quantiles.flatten(), bad.flatten()]))
-    return both[:-1].view_as(quantiles), (both[-1] > 0).float()
+    rows = torch.zeros(0, 0, device=bad.device)
+    if keepers(model):
+        layers = [torch.stack([_row(r) for r in micro]) for micro in records]
+        rows = torch.stack(layers).mean(dim=0)  # (micro-batches, L, E) -> (L, E)
+    both = processes.all_reduce_mean(torch.cat([rows.flatten(), bad.flatten()]))
+    return both[:-1].view_as(rows), (both[-1] > 0).float()
+
+
+def _row(record: RoutingRecord) -> Tensor:
+    """(E,) float32 quantiles, or loads in tokens of a sample."""
+    if record.quantiles is not None:
+        return record.quantiles.float()
+    return record.counts.sum(dim=0) / len(record.counts)
 
 
 @torch.no_grad()
-def apply(model: nn.Module, quantiles: Tensor, finite: Tensor) -> None:
-    """Move the thresholds towards `quantiles` (L, E) where `finite` is 1."""
-    for predictor, quantile in zip(capacity_predictors(model), quantiles, strict=True):
+def apply(model: nn.Module, rows: Tensor, finite: Tensor) -> None:
+    """Write the state that follows from `rows`, where `finite` is 1.
+
+    Args:
+        model: without wrappers.
+        rows: (L, E), what `reduce` gave.
+        finite: scalar, 0 for a step that went wrong.
+    """
+    for keeper, row in zip(keepers(model), rows, strict=True):
         # Not a product with 0: the quantiles of a step that went wrong may be NaN.
-        kept = torch.where(finite > 0, quantile, predictor.thresholds)
-        predictor.update_thresholds(kept)
+        keeper.state.copy_(torch.where(finite > 0, keeper.next_state(row), keeper.state))

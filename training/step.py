@@ -137,12 +137,12 @@ class TrainStep:
     @torch.no_grad()
     def _step(self, norm: Tensor, loss: Tensor, records: list[list[RoutingRecord]]) -> Tensor:
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss))
-        quantiles, bad = router_state.reduce(self.bare, records, bad.float(), self.processes)
+        rows, bad = router_state.reduce(self.bare, records, bad.float(), self.processes)
         # What a gradient scaler would tell a fused optimizer; it then leaves all as it is.
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
         self.optimizer.step()
         finite = 1 - bad
-        router_state.apply(self.bare, quantiles, finite)
+        router_state.apply(self.bare, rows, finite)
         return finite
 
 

@@ -1,22 +1,24 @@
 """Flow matching along a path as an objective: losses, and sampling by an ODE or an SDE."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from config.schema import SAMPLERS, FlowConfig, SamplingConfig
-from core.errors import unknown_name
+from core.errors import UserError, unknown_name
 from core.types import Draw, LossTerms, Model
 from transport import ode, sde
 from transport.path import PATHS, Path, expand
-from transport.prediction import MIN_SIGMA, TO_SCORE, TO_VELOCITY
+from transport.prediction import TO_SCORE, TO_VELOCITY
 
 
 class Flow:
     """Interpolants between noise (t = 0) and data (t = 1) (SiT, Ma et al. 2024).
 
     The defaults are rectified flow (Eq. 24-31 of DiffMoE): the straight path, its velocity
-    predicted, t uniform. A model with twice the channels (`learn_sigma`) has its first half taken
-    as the prediction.
+    predicted, t uniform. JiT predicts x with the weighting of the velocity, its times logit-normal.
+    A model with twice the channels (`learn_sigma`) has its first half taken as the prediction.
 
     Args:
         config: path, prediction and weighting; by default rectified flow.
@@ -30,6 +32,9 @@ class Flow:
         own = 1e-5 if self.config.path == "vp" else 1e-3
         self.train_eps = own if self.config.train_eps is None else self.config.train_eps
         self.sample_eps = 1e-3 if self.config.sample_eps is None else self.config.sample_eps
+        self.to_velocity = TO_VELOCITY[self.config.prediction]
+        if self.config.prediction == "x":
+            self.to_velocity = functools.partial(self.to_velocity, t_eps=self.config.t_eps)
 
     def training_losses(
         self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
@@ -50,6 +55,7 @@ class Flow:
         self, model: Model, x: Tensor, cond: Tensor, t: Tensor, noise: Tensor
     ) -> LossTerms:
         """The loss at given times (B,) and noise (B, C, H, W): weighted mean squared error."""
+        noise = self.config.noise_scale * noise
         output = model(self.path.interpolate(x, noise, t), t, cond)
         prediction = output.prediction[:, : x.shape[1]].float()
         error = self._error(prediction, x, noise, t).square().flatten(1).mean(dim=1)
@@ -59,6 +65,8 @@ class Flow:
     def time_of(self, u: Tensor) -> Tensor:
         """Training times from `u` uniform in [0, 1)."""
         low, high = interval(self.config, self.train_eps)
+        if self.config.time_distribution == "logit_normal":
+            u = torch.sigmoid(self.config.time_mean + self.config.time_std * torch.special.ndtri(u))
         return low + (high - low) * u
 
     def _error(self, prediction: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -80,7 +88,7 @@ class Flow:
         """
         sigma, gain = self.path.sigma(t), self.path.score_gain(t)
         if self.config.prediction == "x":
-            alpha, sigma = self.path.alpha(t), sigma.clamp(min=MIN_SIGMA)
+            alpha, sigma = self.path.alpha(t), sigma.clamp(min=self.config.t_eps)
             wronskian = self.path.d_alpha(t) * self.path.sigma(t) - alpha * self.path.d_sigma(t)
             to_velocity, to_likelihood = wronskian / sigma, wronskian * alpha / sigma**3
         else:
@@ -102,7 +110,7 @@ class Flow:
         grid = _grid(*interval(self.config, self.sample_eps), settings.num_steps, noise)
         return ode.solve(
             self.velocity(model, cond),
-            noise,
+            self.config.noise_scale * noise,
             grid,
             settings.sampler,
             settings.atol,
@@ -138,8 +146,8 @@ class Flow:
         def fields(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
             t = t.expand(len(x))
             prediction = model(x, t, cond).prediction[:, : x.shape[1]]
-            kind = self.config.prediction
-            return tuple(to[kind](self.path, prediction, x, t) for to in (TO_VELOCITY, TO_SCORE))
+            converts = self.to_velocity, TO_SCORE[self.config.prediction]
+            return tuple(convert(self.path, prediction, x, t) for convert in converts)
 
         def diffusion(t: Tensor) -> Tensor:
             return form(self.path, t, norm)
@@ -151,11 +159,10 @@ class Flow:
 
     def velocity(self, model: Model, cond: Tensor) -> ode.Field:
         """The model's velocity as a field over (x, t)."""
-        convert = TO_VELOCITY[self.config.prediction]
 
         def field(x: Tensor, t: Tensor) -> Tensor:
             t = t.expand(len(x))
-            return convert(self.path, model(x, t, cond).prediction[:, : x.shape[1]], x, t)
+            return self.to_velocity(self.path, model(x, t, cond).prediction[:, : x.shape[1]], x, t)
 
         return field
 
@@ -170,7 +177,14 @@ class Flow:
             cond: conditions, handed on.
             settings: `sampler` (an ODE method), `num_steps`, tolerances.
             probe: (B, C, H, W) random signs, for the divergence.
+
+        Raises:
+            UserError: for noise of another scale than 1.
         """
+        if self.config.noise_scale != 1:
+            raise UserError(
+                f"objective.noise_scale: {self.config.noise_scale} has no likelihood; allowed: 1"
+            )
         first, last = interval(self.config, self.sample_eps)
         return ode.log_likelihood(
             self.velocity(model, cond),

@@ -13,6 +13,9 @@ Field = Callable[[Tensor, Tensor], Tensor]
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
 """Methods that choose their own steps within a tolerance."""
 
+HEUN_THEN_EULER = "heun_euler"
+"""Heun, but the last step by Euler (EDM, Karras et al. 2022, Algorithm 1; JiT)."""
+
 RENAMED = {"heun": "heun2"}
 """Our names of torchdiffeq's methods where they differ."""
 
@@ -34,7 +37,7 @@ def solve(
         x: (B, ...), or several such tensors.
         grid: (K,) rising or falling times. Methods with fixed steps step along it, adaptive ones
             choose their own steps from its first to its last time.
-        method: `heun`, or any method of torchdiffeq.
+        method: `heun`, `heun_euler`, or any method of torchdiffeq.
         atol: absolute tolerance of adaptive methods.
         rtol: relative tolerance of adaptive methods.
         overshoot: let adaptive methods step past the last time and interpolate back, as published
@@ -42,6 +45,11 @@ def solve(
             outside the grid: the model never saw them.
         trajectory: return the states at all times of `grid`, (K, B, ...), instead of the last.
     """
+    if method == HEUN_THEN_EULER:
+        if trajectory:
+            raise ValueError(f"trajectory: {method} gives the last state only")
+        before = solve(field, x, grid[:-1], "heun") if len(grid) > 2 else x
+        return solve(field, before, grid[-2:], "euler")
     low, high = grid.min(), grid.max()
 
     def bounded(t: Tensor, y: Tensor) -> Tensor:

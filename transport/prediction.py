@@ -10,9 +10,6 @@ from torch import Tensor
 
 from transport.path import Path, expand
 
-MIN_SIGMA = 0.05
-"""Least sigma that the velocity of a predicted x is divided by (JiT's clamp of 1 - t)."""
-
 Convert = Callable[[Path, Tensor, Tensor, Tensor], Tensor]
 """(path, prediction (B, ...), x_t (B, ...), t (B,)) -> a quantity (B, ...)."""
 
@@ -48,15 +45,17 @@ def velocity_from_noise(path: Path, noise: Tensor, x_t: Tensor, t: Tensor) -> Te
     return velocity_from_score(path, score_from_noise(path, noise, x_t, t), x_t, t)
 
 
-def velocity_from_data(path: Path, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """v = (sigma' x_t + (alpha' sigma - alpha sigma') x) / max(sigma, 0.05).
+def velocity_from_data(
+    path: Path, x: Tensor, x_t: Tensor, t: Tensor, t_eps: float = 0.05
+) -> Tensor:
+    """v = (sigma' x_t + (alpha' sigma - alpha sigma') x) / max(sigma, t_eps).
 
-    For the straight path (x - x_t) / max(1 - t, 0.05).
+    For the straight path (x - x_t) / max(1 - t, t_eps), as JiT has it.
     """
     t = expand(t, x_t)
     sigma, d_sigma = path.sigma(t), path.d_sigma(t)
     wronskian = path.d_alpha(t) * sigma - path.alpha(t) * d_sigma
-    return (d_sigma * x_t + wronskian * x) / sigma.clamp(min=MIN_SIGMA)
+    return (d_sigma * x_t + wronskian * x) / sigma.clamp(min=t_eps)
 
 
 def score_from_data(path: Path, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

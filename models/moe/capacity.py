@@ -40,10 +40,14 @@ class CapacityPredictor(nn.Module):
         limit = self.thresholds if threshold is None else threshold
         return (logits.sigmoid() > limit).sum(dim=-2)
 
-    @torch.no_grad()
-    def update_thresholds(self, quantiles: Tensor) -> None:
-        """One step of Eq. 17 towards `quantiles` (E,)."""
-        self.thresholds.lerp_(quantiles.to(self.thresholds), 1 - self.threshold_decay)
+    @property
+    def state(self) -> Tensor:
+        """What the trainer writes: the thresholds."""
+        return self.thresholds
+
+    def next_state(self, quantiles: Tensor) -> Tensor:
+        """Thresholds after one step of Eq. 17 towards `quantiles` (E,)."""
+        return self.thresholds.lerp(quantiles.to(self.thresholds), 1 - self.threshold_decay)
 
 
 def quantile_of_kth(logits: Tensor, k: int) -> Tensor:

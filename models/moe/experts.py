@@ -17,17 +17,18 @@ class Experts(nn.Module):
     """E copies of a dense feed-forward layer in one tensor per weight.
 
     Weights lie as (E, in, out), so that a batched product reads each expert's slice as it is.
-    `gelu` experts have biases b1 (E, H) and b2 (E, D); `swiglu` experts have none, and the first
-    weight (E, D, 2 H) holds gate, then up.
+    `gelu`, `silu` and `swiglu_bias` experts have biases b1 (E, H) and b2 (E, D), `swiglu` experts
+    none; the first weight (E, D, 2 H) and bias (E, 2 H) of a SwiGLU hold gate, then up.
 
     Args:
         num_experts: E.
         hidden_size: D.
         intermediate_size: H.
-        mlp: `gelu` or `swiglu`.
+        mlp: `gelu`, `silu`, `swiglu` or `swiglu_bias`.
         backend: `bmm` is one batched product, for equal counts; `loop` goes expert by expert, as
             the pseudo-code of Algorithms 1-4 does; `grouped_mm` is one kernel for any counts.
             `auto` takes bmm where counts are equal, else what is fastest on the device.
+        dropout: of the hidden features.
     """
 
     def __init__(
@@ -37,15 +38,16 @@ class Experts(nn.Module):
         intermediate_size: int,
         mlp: str = "gelu",
         backend: str = "auto",
+        dropout: float = 0.0,
     ):
         super().__init__()
         E, D, H = num_experts, hidden_size, intermediate_size
-        self.mlp = mlp
-        self.backend = backend
-        self.w1 = nn.Parameter(torch.empty(E, D, 2 * H if mlp == "swiglu" else H))
+        self.mlp, self.backend, self.dropout = mlp, backend, dropout
+        first = 2 * H if mlp.startswith("swiglu") else H
+        self.w1 = nn.Parameter(torch.empty(E, D, first))
         self.w2 = nn.Parameter(torch.empty(E, H, D))
-        biased = mlp == "gelu"
-        self.b1 = nn.Parameter(torch.empty(E, H)) if biased else None
+        biased = mlp != "swiglu"
+        self.b1 = nn.Parameter(torch.empty(E, first)) if biased else None
         self.b2 = nn.Parameter(torch.empty(E, D)) if biased else None
         self.reset_parameters()
 
@@ -130,9 +132,13 @@ class Experts(nn.Module):
 
     def _activate(self, h: Tensor) -> Tensor:
         if self.mlp == "gelu":
-            return F.gelu(h, approximate="tanh")
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate) * up
+            h = F.gelu(h, approximate="tanh")
+        elif self.mlp == "silu":
+            h = F.silu(h)
+        else:
+            gate, up = h.chunk(2, dim=-1)
+            h = F.silu(gate) * up
+        return F.dropout(h, self.dropout, self.training) if self.dropout else h
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

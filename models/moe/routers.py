@@ -47,25 +47,35 @@ class TokenChoiceRouter(nn.Module):
         B, S, _ = x.shape
         scores = self.affinity(x).flatten(0, 1)  # (B * S, E)
         gate, expert = scores.topk(self.top_k, dim=-1)  # (B * S, K)
-        order = expert.flatten().argsort(stable=True)  # pairs sorted by expert
-        chosen = torch.zeros(scores.shape[1], dtype=torch.int64, device=x.device)
-        tokens_per_expert = chosen.scatter_add_(
-            0, expert.flatten(), torch.ones_like(expert.flatten())
-        )
-        pair_of_choice = torch.empty_like(order)
-        pair_of_choice[order] = torch.arange(len(order), device=x.device)
-        plan = RoutingPlan(
-            order // self.top_k,
-            gate.flatten()[order],
-            tokens_per_expert,
-            capacity=None,
-            pair_of_choice=pair_of_choice,
-        )
+        plan = plan_of_choices(gate, expert, scores.shape[1])
         record = RoutingRecord(count_pairs(plan, B, S), S)
         if self.training and self.balance_loss_weight > 0:
-            loss = balance_loss(scores, tokens_per_expert)
+            loss = balance_loss(scores, plan.tokens_per_expert)
             record.losses["balance"] = self.balance_loss_weight * loss
         return plan, record
+
+
+def plan_of_choices(gate: Tensor, expert: Tensor, num_experts: int) -> RoutingPlan:
+    """The plan in which every token goes to the experts that it chose, all different.
+
+    Args:
+        gate: (T, K) weights.
+        expert: (T, K) int64.
+        num_experts: E.
+    """
+    flat = expert.flatten()
+    order = flat.argsort(stable=True)  # pairs sorted by expert
+    chosen = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
+    tokens_per_expert = chosen.scatter_add_(0, flat, torch.ones_like(flat))
+    pair_of_choice = torch.empty_like(order)
+    pair_of_choice[order] = torch.arange(len(order), device=flat.device)
+    return RoutingPlan(
+        order // expert.shape[1],
+        gate.flatten()[order],
+        tokens_per_expert,
+        capacity=None,
+        pair_of_choice=pair_of_choice,
+    )
 
 
 def balance_loss(scores: Tensor, tokens_per_expert: Tensor) -> Tensor:

@@ -143,7 +143,10 @@ def test_bad_files_are_refused(tmp_path, text, wanted):
         (["--optim.l", "1"], r"unrecognized arguments: --optim\.l"),
         (["--model", "{hidden_size: 4}"], r"unrecognized arguments: --model"),
         (["--model.feed_forward.class_path", "os.system"], r"unrecognized arguments"),
-        (["--model.feed_forward.name", "moe"], r"unknown 'moe'; known: dense, diffmoe, expert_"),
+        (
+            ["--model.feed_forward.name", "moe"],
+            r"unknown 'moe'; known: deepseek, dense, diff",
+        ),
         (["--model.size", "huge"], r"--model\.size: invalid choice: 'huge'"),
         (["--optim.lr", "fast"], r"optim\.lr: 'fast' is not allowed"),
         (["--config", "nowhere.yaml"], r"no file .*nowhere\.yaml"),

@@ -4,7 +4,15 @@ import torch
 from case import Case, Tensors
 
 from models.embeddings import timestep_features
-from models.positions import rotary_1d, rotary_2d, rotate, sincos_2d
+from models.official_entries import halves_of_neighbours
+from models.positions import (
+    after_context,
+    rotary_1d,
+    rotary_2d,
+    rotate,
+    rotation_of,
+    sincos_2d,
+)
 
 
 class Embed(Case):
@@ -26,21 +34,25 @@ class Embed(Case):
     def rope(self, head_dim: int, tokens: int) -> None:
         q = self.inputs("rope_q")[0][:, :, :tokens, :head_dim]
         angles = rotary_1d(head_dim, tokens)
-        self.put(f"out.rope1d.{head_dim}.{tokens}.q", rotate(q, angles))
+        self.put(f"out.rope1d.{head_dim}.{tokens}.q", rotate(q, rotation_of(angles)))
         for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
             self.put(f"out.rope1d.{head_dim}.{tokens}.{name}", table.repeat(1, 1, 2)[:, 0])
         angles = rotary_2d(head_dim, round(tokens**0.5))
-        self.put(f"out.rope2d.{head_dim}.{tokens}.q", rotate(q, angles))
+        self.put(f"out.rope2d.{head_dim}.{tokens}.q", rotate(q, rotation_of(angles)))
         for axis, row_or_column in (("y", 0), ("x", 1)):
             for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
                 both = table[:, row_or_column].repeat(1, 2)
                 self.put(f"out.rope2d.{head_dim}.{tokens}.{name}_{axis}", both)
 
     def jit_rope(self, half: int, grid: int, context: int) -> None:
-        angles = rotary_2d(2 * half, grid, context)
+        angles = after_context(rotary_2d(2 * half, grid), context)
         tokens = len(angles)
         q = self.inputs("rope_q")[0].flatten()[: 4 * tokens * half].view(1, 2, tokens, 2 * half)
         key = f"out.jit_rope.{half}.{grid}.{context}"
-        self.put(f"{key}.q", rotate(q, angles, interleaved=True))
+        # There neighbouring channels are a pair: the same rotation of channels in another order.
+        order = halves_of_neighbours(2 * half)
+        turned = torch.empty_like(q)
+        turned[..., order] = rotate(q[..., order], rotation_of(angles))
+        self.put(f"{key}.q", turned)
         for name, table in (("cos", angles.cos()), ("sin", angles.sin())):
             self.put(f"{key}.{name}", table.repeat_interleave(2, dim=2).flatten(1))

@@ -1,22 +1,27 @@
 """Golden cases of whole models: official weights through the importer, outputs under their keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from case import Case, Tensors
 from torch import Tensor
+from torch.nn import Module
 
-from config.schema import SamplingConfig
+from config.schema import FlowConfig, SamplingConfig
 from core.distributed import Processes
 from core.types import LossTerms, ModelOutput, RoutingRecord
 from models.dit import DiT
-from models.official import from_official, moe_blocks, to_official
+from models.official import from_official, to_official
 from sampling.guidance import Guided
 from training import router_state
 from training.step import auxiliary_losses
 from transport.objective import Flow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
+
+CHOOSING = ("dsmoe", "jit")
+"""Families with DeepSeek-style routers."""
 
 FAMILIES = {
     "facebookresearch/DiT:models.py": "dit",
@@ -25,6 +30,8 @@ FAMILIES = {
     "KwaiVGI/DiffMoE:models/models_TCDiT.py": "diffmoe_tc",
     "KwaiVGI/DiffMoE:models/models_ECDiT.py": "diffmoe_ec",
     "KwaiVGI/DiffMoE:models/models_DiffMoE.py": "diffmoe",
+    "yhlleo/EfficientMoE:DSMoE/models/models_DSMoE.py": "dsmoe",
+    "yhlleo/EfficientMoE:JiTMoE/model_jit.py": "jit",
 }
 
 
@@ -35,10 +42,14 @@ class ModelCase(Case):
         super().__init__(tensors, config, metadata)
         self.family = FAMILIES[metadata["source"].split(",")[0]]
         self.state = {k[6:]: v for k, v in tensors.items() if k.startswith("state.")}
+        self.ctor = config.get("ctor")
+        if self.family == "jit":
+            shape = {"input_size": config["arch_input_size"], "num_classes": config["num_classes"]}
+            self.ctor = config["arch"] | shape
 
     def model(self, training: bool) -> DiT:
         """A fresh copy with the recorded weights."""
-        return from_official(self.family, self.config["ctor"], self.state).train(training)
+        return from_official(self.family, self.ctor, self.state).train(training)
 
     def cut(self, prediction: Tensor) -> Tensor:
         """SiT's model gives the first C channels only."""
@@ -46,11 +57,13 @@ class ModelCase(Case):
 
     @property
     def is_cut_sit(self) -> bool:
-        return self.family == "sit" and self.config["ctor"].get("learn_sigma", True)
+        return self.family == "sit" and self.ctor.get("learn_sigma", True)
 
     def run(self) -> Tensors:
         """All results."""
-        if "training_iters" in self.config:
+        if self.family == "jit":
+            self.denoiser()
+        elif "training_iters" in self.config:
             self.capacity_schedule()
         elif "world_size" in self.config:
             self.two_ranks()
@@ -60,6 +73,8 @@ class ModelCase(Case):
             self.evaluation()
             if "out.train" in self.tensors:
                 self.training()
+            elif self.family == "dsmoe":
+                self.gradients("grad.", self.flow_loss)
         return self.results
 
     # Evaluation mode
@@ -77,13 +92,35 @@ class ModelCase(Case):
             self.guidance(model)
 
     def forward(self, key: str, model: DiT, x: Tensor, t: Tensor, y: Tensor) -> None:
-        output = model(x, t, y)
+        with self.router_logits(f"out.{key}", model):
+            output = model(x, t, y)
         self.put(f"out.{key}", self.cut(output.prediction))
         self.routing(key, output.routing, len(x))
+
+    @contextmanager
+    def router_logits(self, key: str, model: DiT) -> Iterator[None]:
+        """Note what the sigmoids of DeepSeek-style routers are taken of."""
+        hooks = []
+        for block in model.config.moe_blocks() if self.family in CHOOSING else []:
+
+            def note(router: Module, args: tuple[Tensor], block: int = block) -> None:
+                logits = torch.nn.functional.linear(args[0].flatten(0, 1), router.weight)
+                self.put(f"{key}.router_logits.{block}", logits)
+
+            router = model.blocks[block].feed_forward.router
+            hooks.append(router.register_forward_pre_hook(note))
+        yield
+        for hook in hooks:
+            hook.remove()
 
     def routing(self, key: str, records: list[RoutingRecord], batch: int) -> None:
         """Counts, masks and choices of each MoE layer."""
         if not records:
+            return
+        if self.family in CHOOSING:
+            for block, record in self.by_block(records):
+                self.choices(f"out.{key}", block, record)
+                self.put(f"out.{key}.expert_count.{block}", record.plan.tokens_per_expert)
             return
         counts = torch.stack([record.plan.tokens_per_expert for record in records])
         self.put(f"out.{key}.k", counts)
@@ -97,13 +134,17 @@ class ModelCase(Case):
             else:
                 self.put(f"out.{key}.dispatch.{block}", mask)
             if self.family == "diffmoe_tc":
-                gates = record.gates(tokens)  # (B * S, E)
-                chosen = mask.nonzero()[:, 1].view(tokens, -1)  # ascending
-                self.put(f"out.{key}.topk_idx.{block}", chosen)
-                self.put(f"out.{key}.topk_weight.{block}", gates.gather(1, chosen))
+                self.choices(f"out.{key}", block, record)
+
+    def choices(self, key: str, block: int, record: RoutingRecord) -> None:
+        """Experts of each token in ascending order, and their weights."""
+        tokens = len(record.counts) * record.num_tokens
+        chosen = record.token_mask(tokens).nonzero()[:, 1].view(tokens, -1)
+        self.put(f"{key}.topk_idx.{block}", chosen)
+        self.put(f"{key}.topk_weight.{block}", record.gates(tokens).gather(1, chosen))
 
     def by_block(self, records: list[RoutingRecord]) -> list[tuple[int, RoutingRecord]]:
-        blocks = moe_blocks(self.model(training=False).config)
+        blocks = self.model(training=False).config.moe_blocks()
         return list(zip(blocks, records, strict=True))
 
     def guidance(self, model: DiT) -> None:
@@ -230,7 +271,7 @@ class ModelCase(Case):
             router_state.begin_step(model, step)
             with torch.no_grad():
                 output = model(x, t, y)
-            router = model.blocks[moe_blocks(model.config)[0]].feed_forward.router
+            router = model.blocks[model.config.moe_blocks()[0]].feed_forward.router
             self.put(f"out.capacity.it{step}", torch.tensor(router.training_capacity))
             self.put(f"out.k.it{step}", output.routing[0].plan.tokens_per_expert)
             self.put(f"out.model.it{step}", output.prediction)
@@ -248,7 +289,65 @@ class ModelCase(Case):
         self.put("out.model", torch.cat([output.prediction for output in outputs]))
         router_state.update(model, [output.routing for output in outputs], ALONE)
         self.put_state("after.", model)
-        for i, block in enumerate(moe_blocks(model.config)):
+        for i, block in enumerate(model.config.moe_blocks()):
             parts = [output.routing[i] for output in outputs]
             masks = [r.capacity_targets.view(-1, r.num_tokens, r.counts.shape[1]) for r in parts]
             self.put(f"out.ones.{block}", torch.cat(masks))
+
+    # JiT's denoiser
+
+    def flow(self) -> Flow:
+        """The objective of a denoiser's arguments."""
+        given = self.config["denoiser"]
+        return Flow(
+            FlowConfig(
+                prediction="x",
+                loss_weighting="velocity",
+                t_eps=given["t_eps"],
+                time_distribution="logit_normal",
+                time_mean=given["P_mean"],
+                time_std=given["P_std"],
+                noise_scale=given["noise_scale"],
+            )
+        )
+
+    def denoiser(self) -> None:
+        """out.net*, out.x_pred, out.loss, out.t_from_normal, out.generate*, grad.*."""
+        x, y, t, noise, normal = self.inputs("x", "y", "t", "noise", "sample_t_normal")
+        flow, kept = self.flow(), []
+        uniform = torch.special.ndtr(normal.double())
+        self.put("out.t_from_normal", flow.time_of(uniform))
+
+        def loss(model: DiT) -> tuple[Tensor, list[RoutingRecord]]:
+            def noted(*inputs: Tensor) -> ModelOutput:
+                kept.append(model(*inputs))
+                return kept[-1]
+
+            terms = flow.losses_at(noted, x, y, t, noise)
+            self.put("out.loss", terms.per_sample.mean())
+            return terms.per_sample.mean(), terms.routing
+
+        self.gradients("grad.", loss)
+        self.put("out.x_pred", kept[0].prediction)  # of the noisy images
+        with torch.no_grad():
+            self.forward("net", self.model(training=False), x, t, y)  # of the clean ones
+        self.generation(flow)
+
+    def generation(self, flow: Flow) -> None:
+        """Samples from given noise; scale and interval of the full one are in the README."""
+        given = self.config["denoiser"]
+        model = self.model(training=False)
+        z, y = self.inputs("z", "z_y")
+        own = given["cfg"], (given["interval_min"], given["interval_max"])
+        for name, *method in self.keys("out.generate"):
+            scale, interval = (2.5, (0.0, 1.0)) if name == "_full_interval" else own
+            settings = SamplingConfig(
+                sampler="heun_euler" if method == ["heun"] else "euler",
+                num_steps=given["num_sampling_steps"],
+                cfg_scale=scale,
+                cfg_interval=interval,
+            )
+            guided = Guided(model, model.null_condition, settings)
+            with torch.no_grad():
+                found = flow.sample(guided, z, y, settings, None)
+            self.put(f"out.generate{name}.{method[0]}", found)

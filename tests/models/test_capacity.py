@@ -29,8 +29,8 @@ def test_a_fresh_predictor_lets_every_token_pass():
 def test_thresholds_move_by_equation_17():
     predictor = CapacityPredictor(8, 2, 0.95)
     first, second = torch.tensor([0.4, 0.8]), torch.tensor([0.2, 0.9])
-    predictor.update_thresholds(first)
-    predictor.update_thresholds(second)
+    predictor.thresholds.copy_(predictor.next_state(first))
+    predictor.thresholds.copy_(predictor.next_state(second))
     torch.testing.assert_close(predictor.thresholds, 0.95 * (0.05 * first) + 0.05 * second)
 
 

@@ -32,7 +32,7 @@ def grid(num_steps, first=0.0, last=1.0):
 
 
 def test_all_methods_of_torchdiffeq_are_known():
-    assert set(ODE_METHODS) == {*SOLVERS, *ode.RENAMED}
+    assert set(ODE_METHODS) == {*SOLVERS, *ode.RENAMED, ode.HEUN_THEN_EULER}
     adaptive = {name for name, made in SOLVERS.items() if "Adaptive" in str(made.__mro__)}
     assert set(ode.ADAPTIVE) == adaptive | {"scipy_solver"}
 

@@ -1,0 +1,234 @@
+"""What a run can choose about its model: the feed-forward layers and the backbone."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+MLP = Literal["gelu", "silu", "swiglu", "swiglu_bias"]
+"""Two layers with biases and tanh-GELU or SiLU between them, or a SwiGLU without or with biases."""
+
+
+@dataclass
+class DenseConfig:
+    """The plain MLP of DiT in every block.
+
+    Attributes:
+        name: which feed-forward layer.
+    """
+
+    name: Literal["dense"] = "dense"
+
+
+@dataclass
+class MoEConfig:
+    """What all mixture-of-experts layers have.
+
+    Attributes:
+        name: which feed-forward layer.
+        num_experts: experts in each MoE layer, N of the paper.
+        expert_mlp: kind of the experts; by default model.mlp.
+        intermediate_size: hidden width of an expert; by default that of the dense layers.
+        shared_mlp: a dense MLP that every token goes through besides, or `none`, or `identity`,
+            which adds the layer's input.
+        shared_intermediate_size: hidden width of the shared MLP.
+    """
+
+    name: str = ""
+    num_experts: int = 16
+    expert_mlp: MLP | None = None
+    intermediate_size: int | None = None
+    shared_mlp: Literal["none", "identity"] | MLP = "none"
+    shared_intermediate_size: int = 0
+
+
+@dataclass
+class TokenChoiceConfig(MoEConfig):
+    """Token choice (TC-DiT, Eq. 2-3, Algorithm 2): every token takes its top-k experts.
+
+    Attributes:
+        name: which feed-forward layer.
+        top_k: experts per token, K.
+        balance_loss_weight: weight of the load-balancing loss of each layer; 0 turns it off.
+    """
+
+    name: Literal["token_choice"] = "token_choice"
+    top_k: int = 1
+    balance_loss_weight: float = 0.01
+
+
+@dataclass
+class DeepSeekConfig(MoEConfig):
+    """DeepSeek-style experts (DSMoE): sigmoid affinities, groups, balance by a bias.
+
+    Attributes:
+        name: which feed-forward layer.
+        expert_mlp: kind of the experts; null: model.mlp.
+        top_k: experts per token.
+        num_groups: groups of equally many neighbouring experts; divides num_experts.
+        top_k_groups: groups that a token chooses its experts from: those with the largest sum of
+            their two best scores.
+        routed_scaling_factor: factor of the weights, which sum to 1 before (for top_k above 1).
+        bias_update_rate: step of the correction bias, which is added to the scores for the choice
+            alone, against the sign of each expert's load error, once per optimizer step (Wang et
+            al. 2024, Algorithm 1). 0 holds the bias fixed, as the published training did.
+        zero_masked_groups: experts of other groups score 0 instead of being left out, so that
+            they win against negative scores, as in the published code.
+    """
+
+    name: Literal["deepseek"] = "deepseek"
+    expert_mlp: MLP | None = "swiglu"
+    top_k: int = 2
+    num_groups: int = 1
+    top_k_groups: int = 1
+    routed_scaling_factor: float = 1.0
+    bias_update_rate: float = 0.001
+    zero_masked_groups: bool = False
+
+
+@dataclass
+class ExpertChoiceConfig(MoEConfig):
+    """Expert choice (EC-DiT, Algorithm 1): every expert takes its top tokens of the pool.
+
+    Attributes:
+        name: which feed-forward layer.
+        capacity: C of Eq. 8 in training and top-k inference; 1 costs what a dense layer costs.
+        pool: an expert chooses among the tokens of one `sample` or of the whole `batch`.
+        capacity_predictor: train a predictor of the choice (Eq. 10-13), with its thresholds.
+        capacity_loss_weight: weight of the predictor's binary cross-entropy, summed over layers.
+        threshold_decay: alpha of Eq. 17.
+        inference: in evaluation take the top `capacity`, or as many tokens as the predictor
+            puts above the `dynamic` thresholds (Eq. 14, Algorithm 4), or above the `fixed`
+            threshold of all experts (Eq. 16, Table 10).
+        inference_capacity: C of top-k inference where it differs from training (Table 4).
+        fixed_threshold: gamma of `fixed` inference.
+        capacity_schedule: steps (I, II): capacity is num_experts up to step I, falls linearly to
+            `capacity` at step II and stays there. None: constant.
+        round_share_first: tokens per expert int((T / E) * C) as in Algorithm 3, which loses a
+            token for some E (7, 11, 13 ...), instead of int(T * C / E).
+    """
+
+    name: Literal["expert_choice"] = "expert_choice"
+    capacity: float = 1.0
+    pool: Literal["sample", "batch"] = "sample"
+    capacity_predictor: bool = False
+    capacity_loss_weight: float = 1.0
+    threshold_decay: float = 0.95
+    inference: Literal["topk", "dynamic", "fixed"] = "topk"
+    inference_capacity: float | None = None
+    fixed_threshold: float = 0.5
+    capacity_schedule: tuple[int, int] | None = None
+    round_share_first: bool = False
+
+
+@dataclass
+class DiffMoEConfig(ExpertChoiceConfig):
+    """DiffMoE (Algorithms 3-4): expert choice over the batch, with capacity predictor.
+
+    Attributes:
+        name: which feed-forward layer.
+    """
+
+    name: Literal["diffmoe"] = "diffmoe"
+    pool: Literal["sample", "batch"] = "batch"
+    capacity_predictor: bool = True
+    inference: Literal["topk", "dynamic", "fixed"] = "dynamic"
+
+
+FeedForwardConfig = (
+    DenseConfig | TokenChoiceConfig | ExpertChoiceConfig | DiffMoEConfig | DeepSeekConfig
+)
+
+
+@dataclass
+class ModelConfig:
+    """The DiT backbone.
+
+    Attributes:
+        input_size: side of the square input: in latent pixels (image side / VAE factor), or in
+            pixels where data.vae_path is null.
+        in_channels: channels of the latent, or 3 of an image.
+        patch_size: side of one patch, in the same units.
+        hidden_size: width D of the tokens.
+        depth: number of blocks.
+        num_heads: attention heads; divides hidden_size.
+        head_dim: width of an attention head; by default hidden_size / num_heads.
+        num_kv_heads: heads of keys and values, each shared by as many of queries (grouped-query
+            attention); by default num_heads.
+        qk_norm: RMS-normalise queries and keys of each head, with weights.
+        norm: normalisation before attention and feed-forward layers, LayerNorm without or RMSNorm
+            with weights.
+        final_norm: the same before the output layer.
+        positions: DiT's 2-D `sincos` table added to the tokens, or `none`.
+        rope: rotary positions of queries and keys: along the row-major index (1d), or half of a
+            head by row and half by column (2d).
+        bottleneck_size: width between the two layers of JiT's patch embedding; by default it is
+            one layer.
+        context_tokens: tokens of the class that join those of the image (JiT).
+        context_start: block before which they join.
+        mlp: kind of the dense layers, and of experts that name no other.
+        mlp_ratio: hidden width of a dense layer or expert, in units of hidden_size.
+        intermediate_size: the same as a number, where it is no such multiple.
+        dropout: of the hidden features of feed-forward layers and of the output of attention, in
+            the middle half of the blocks, as JiT has it.
+        num_classes: labels are 0 ... num_classes - 1; the null class is num_classes. 0 trains
+            without labels.
+        label_dropout: probability of training a sample without its label, for guidance.
+        learn_sigma: twice the output channels, for a learned variance; by default what the
+            objective needs (ddpm: true, flow: false).
+        moe_every: every n-th block (2: the second, fourth, ...; 1: all) has the configured
+            feed-forward layer, the others a dense one.
+        leading_dense: so many blocks at the beginning have a dense one in any case.
+        expert_backend: how experts compute: `bmm` (equal counts), `loop` (one by one),
+            `grouped_mm` (any counts in one kernel), or what is fastest on the device.
+        feed_forward: the feed-forward layer.
+    """
+
+    input_size: int = 32
+    in_channels: int = 4
+    patch_size: int = 2
+    hidden_size: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    head_dim: int | None = None
+    num_kv_heads: int | None = None
+    qk_norm: bool = False
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    final_norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    positions: Literal["sincos", "none"] = "sincos"
+    rope: Literal["none", "1d", "2d"] = "none"
+    bottleneck_size: int | None = None
+    context_tokens: int = 0
+    context_start: int = 0
+    mlp: MLP = "gelu"
+    mlp_ratio: float = 4.0
+    intermediate_size: int | None = None
+    dropout: float = 0.0
+    num_classes: int = 1000
+    label_dropout: float = 0.1
+    learn_sigma: bool | None = None
+    moe_every: int = 2
+    leading_dense: int = 0
+    expert_backend: Literal["auto", "loop", "bmm", "grouped_mm"] = "auto"
+    feed_forward: FeedForwardConfig = field(default_factory=DiffMoEConfig)
+
+    def dense_width(self) -> int:
+        """Hidden width of a dense layer."""
+        return self.intermediate_size or int(self.hidden_size * self.mlp_ratio)
+
+    def expert_width(self) -> int:
+        """Hidden width of an expert."""
+        return self.feed_forward.intermediate_size or self.dense_width()
+
+    def has_experts(self, block: int) -> bool:
+        """Whether block number `block` has the configured layer instead of a dense one."""
+        return (block + 1) % self.moe_every == 0 and block >= self.leading_dense
+
+    def dropout_of(self, block: int) -> float:
+        """Dropout in block number `block`."""
+        quarter = self.depth // 4
+        return self.dropout if quarter <= block < 3 * quarter else 0.0
+
+    def moe_blocks(self) -> list[int]:
+        """Numbers of the blocks with experts."""
+        if isinstance(self.feed_forward, DenseConfig):
+            return []
+        return [block for block in range(self.depth) if self.has_experts(block)]
