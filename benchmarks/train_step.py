@@ -6,6 +6,7 @@ against a matrix product measured in the same run.
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import resource
@@ -44,7 +45,7 @@ def stepper(config: Config, device: torch.device) -> Callable[[], object]:
     """A call that takes one step of a freshly initialised model."""
     torch.manual_seed(0)
     model = build_model(config.model).to(device).train()
-    ema = EMA(model, config.optim.ema_decay, warmup=False)
+    ema = EMA(copy.deepcopy(model), config.optim.ema_decay, warmup=False)
     optimizer = build_optimizer(model, config.optim)
     processes = Processes(0, 1, device)
     step = TrainStep(

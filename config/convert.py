@@ -1,7 +1,7 @@
 """python -m config.convert OLD.yaml [--out NEW.yaml]
 
-Turn a YAML file of the official DiffMoE code into one of ours. What ours cannot express, or means
-differently, is reported line by line and left out.
+Turn a YAML file of the official DiffMoE or DSMoE code into one of ours. What ours cannot express,
+or means differently, is reported line by line and left out.
 """
 
 import argparse
@@ -27,6 +27,7 @@ TARGETS = {
     "models.models_TCDiT.DiT": "diffmoe_tc",
     "models.models_ECDiT.DiT": "diffmoe_ec",
     "models.models_DiffMoE.DiT": "diffmoe",
+    "models.models_DSMoE.DiT": "dsmoe",
 }
 """`model.target` of the official files, as a name only: nothing is imported by it."""
 

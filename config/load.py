@@ -264,12 +264,15 @@ def _call(parse: Any, argv: list[str]) -> Any:
 def _tidy(error: Exception) -> str:
     """The parser's message as `key: wanted ..., got ...`."""
     text = " ".join(str(error).split())
-    found = re.match(r'Parser key "(.+?)": Expected an? (.+?)\. Got value: (.*)$', text)
-    if not found:
-        return text
-    key, wanted, value = found.groups()
-    wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted.replace("typing.", ""))
-    return f"{key}: {value!r} is not allowed; wanted: {wanted}"
+    one = r"Expected an? (?P<kind>.+?)\. Got value: (?P<value>.*)$"
+    several = r"Does not .*?Subtypes: \[(?P<kind>.*?)\] Errors: .*Given value: (?P<value>.*)$"
+    for pattern in (one, several):
+        found = re.match(rf'Parser key "(?P<key>.+?)": {pattern}', text)
+        if found:
+            wanted = re.sub(r"<class '(\w+)'>", r"\1", found["kind"].replace("typing.", ""))
+            wanted = wanted.replace("NoneType", "null")
+            return f"{found['key']}: {found['value']!r} is not allowed; wanted: {wanted}"
+    return text
 
 
 def _finish(values: dict, default_run: str) -> Config:
@@ -282,6 +285,7 @@ def _finish(values: dict, default_run: str) -> Config:
         config.model.learn_sigma = config.objective.name == "ddpm"
     if config.sampling.sampler is None:
         config.sampling.sampler = SAMPLERS[config.objective.name][0]
+    config.optim.lr = config.optim.peak_lr(config.train.global_batch_size)
     if config.run_dir is None:
         config.run_dir = default_run
     return config

@@ -76,13 +76,15 @@ class DataConfig:
 
     Attributes:
         source: `latents` reads what main_cache.py wrote, `npz` a published cache of one file for
-            each image, `images` encodes images while training.
+            each image, `images` encodes images while training, or takes them as they are where
+            vae_path is null.
         cached_path: folder of latents, or a list of folders that are taken as one.
         npz_contents: what the arrays of a published cache are; see data/published.py. The files
             do not say it.
         data_path: folder of images, for source `images`.
         val_cached_path: folder that main_cache.py wrote of held-out images, for validation losses.
-        vae_path: VAE that decodes samples, a hub id or a local folder.
+        val_data_path: folder of held-out images themselves, for source `images`.
+        vae_path: VAE that decodes samples, a hub id or a local folder; null for models of pixels.
         image_size: side of the images, in pixels; the cache must have been made with it.
         horizontal_flip: take the mirror image's latent half of the time.
         order: `random` in the whole data set, or `shards`: shuffled files, and images shuffled
@@ -96,7 +98,8 @@ class DataConfig:
     npz_contents: Literal["posterior", "scaled_posterior", "latent", "scaled_latent"] | None = None
     data_path: str | None = None
     val_cached_path: str | None = None
-    vae_path: str = "stabilityai/sd-vae-ft-mse"
+    val_data_path: str | None = None
+    vae_path: str | None = "stabilityai/sd-vae-ft-mse"
     image_size: int = 256
     horizontal_flip: bool = True
     order: Literal["random", "shards"] = "random"
@@ -109,7 +112,9 @@ class OptimConfig:
     """AdamW.
 
     Attributes:
-        lr: learning rate; the paper holds it constant.
+        lr: learning rate, which the paper holds constant; by default what base_lr makes it, or
+            1e-4.
+        base_lr: learning rate for a batch of 256: lr is base_lr x train.global_batch_size / 256.
         lr_schedule: `constant`, or `cosine` down to 0 at train.max_steps.
         warmup_steps: steps over which the learning rate first rises from 0 to lr.
         betas: decay of the first and second moment.
@@ -121,7 +126,8 @@ class OptimConfig:
         grad_clip: largest L2 norm of the gradient; by default it is not clipped.
     """
 
-    lr: float = 1e-4
+    lr: float | None = None
+    base_lr: float | None = None
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -130,6 +136,12 @@ class OptimConfig:
     ema_warmup: bool = False
     extra_ema_decays: tuple[float, ...] = ()
     grad_clip: float | None = None
+
+    def peak_lr(self, global_batch_size: int) -> float:
+        """The learning rate after warm-up."""
+        if self.lr is not None:
+            return self.lr
+        return 1e-4 if self.base_lr is None else self.base_lr * global_batch_size / 256
 
 
 @dataclass

@@ -1,11 +1,14 @@
 """Combinations that cannot work, found before any model is built or data is read."""
 
+import math
+
 from config.schema import (
     SAMPLERS,
     SDE_METHODS,
     Config,
     DDPMConfig,
     FlowConfig,
+    OptimConfig,
     SamplingConfig,
 )
 from config.validate_model import check_model, require
@@ -22,6 +25,7 @@ def validate(config: Config, world_size: int | None = 1) -> None:
         ConfigError: naming key, value and what is allowed.
     """
     _check_ranges(config)
+    _check_lr(config.optim, config.train.global_batch_size)
     _check_data(config)
     check_model(config.model, config.train.micro_batch_size)
     _check_batch(config, world_size or 1)
@@ -40,7 +44,8 @@ def _check_ranges(config: Config) -> None:
         "data.image_size": (data.image_size, 1),
         "data.shuffle_window": (data.shuffle_window, 1),
         "data.num_workers": (data.num_workers, 0),
-        "optim.lr": (optim.lr, 0),
+        "optim.lr": (optim.lr or 0, 0),
+        "optim.base_lr": (optim.base_lr or 0, 0),
         "optim.warmup_steps": (optim.warmup_steps, 0),
         "optim.weight_decay": (optim.weight_decay, 0),
         "train.max_steps": (train.max_steps, 1),
@@ -70,15 +75,28 @@ def _check_ranges(config: Config) -> None:
     } | {f"optim.extra_ema_decays {decay}": decay for decay in optim.extra_ema_decays}
     for key, value in fractions.items():
         require(0 <= value < 1, f"{key}: {value} is not in [0, 1)")
+    held_out_images = data.source == "images" and data.val_data_path is not None
     clip = optim.grad_clip
     require(clip is None or clip > 0, f"optim.grad_clip: {clip} must be above 0")
     require(
-        not train.val_every or data.val_cached_path is not None,
-        f"train.val_every: {train.val_every} needs data.val_cached_path, held-out latents",
+        not train.val_every or data.val_cached_path is not None or held_out_images,
+        f"train.val_every: {train.val_every} needs data.val_cached_path, held-out latents, or for "
+        "source images data.val_data_path",
     )
     require(
         not config.evaluation.every or config.evaluation.reference is not None,
         f"evaluation.every: {config.evaluation.every} needs evaluation.reference, an .npz",
+    )
+
+
+def _check_lr(optim: OptimConfig, batch: int) -> None:
+    if optim.lr is None or optim.base_lr is None:
+        return
+    scaled = optim.base_lr * batch / 256
+    require(
+        math.isclose(scaled, optim.lr),
+        f"optim.lr: {optim.lr} is not optim.base_lr {optim.base_lr} x train.global_batch_size "
+        f"{batch} / 256 = {scaled:g}; give one of them, and null for the other",
     )
 
 
@@ -97,6 +115,11 @@ def _check_data(config: Config) -> None:
     require(
         data.source != "images" or data.order == "random",
         "data.order: shards is for cached latents; source images has random only",
+    )
+    require(
+        data.vae_path is not None or (data.source == "images" and data.val_cached_path is None),
+        "data.vae_path: null is for pixels, which come from data.source images and, held out, from "
+        "data.val_data_path",
     )
     guided = config.model.num_classes == 0 and config.sampling.cfg_scale != 1
     require(

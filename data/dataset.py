@@ -1,4 +1,4 @@
-"""What training draws from: latents sampled anew from their posteriors in every epoch.
+"""What training draws from: latents sampled anew from their posteriors in every epoch, or images.
 
 An item is requested as a pair (epoch, index). Which view of the image it takes, as it is or
 mirrored, and its posterior noise are functions of (seed, epoch, index) alone.
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from core.rng import derive_seed, generator
 from data.latents import Moments
-from data.online import EncodedImages
+from data.online import Images
 
 Items = Sequence[tuple[int, int]]
 Batch = tuple[Tensor, Tensor]
@@ -26,7 +26,7 @@ Batch = tuple[Tensor, Tensor]
 class TrainingData(Protocol):
     """A data set whose batches are fetched by loader processes and finished by the training one."""
 
-    source: Moments | EncodedImages
+    source: Moments | Images
 
     def __len__(self) -> int: ...
 
@@ -77,22 +77,16 @@ class LatentDataset(Dataset):
         return fetched
 
 
-class OnlineDataset(Dataset):
-    """Draws from images: loader processes read them, the training process encodes them.
-
-    The draws are those of `LatentDataset` for a cache of the same images.
+class ImageDataset(Dataset):
+    """Images themselves, for models in pixel space; loader processes read them.
 
     Args:
-        source: images and VAE.
+        source: the images.
         seed, horizontal_flip, conditional: see `LatentDataset`.
     """
 
     def __init__(
-        self,
-        source: EncodedImages,
-        seed: int,
-        horizontal_flip: bool = True,
-        conditional: bool = True,
+        self, source: Images, seed: int, horizontal_flip: bool = True, conditional: bool = True
     ):
         self.source, self.seed = source, seed
         self.horizontal_flip, self.conditional = horizontal_flip, conditional
@@ -100,19 +94,35 @@ class OnlineDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, items: Items) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, 3, H, W) uint8, each in its view, posterior noise, and labels."""
+    def __getitems__(self, items: Items) -> tuple[Tensor, ...]:
+        """Images (B, 3, H, W) uint8, each in its view, and labels."""
         images = self.source.images([index for _, index in items])
         if self.horizontal_flip:
             mirrored = torch.tensor([is_mirrored(self.seed, *item) for item in items])
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-        noise = posterior_noise(self.seed, items, self.source.latent_shape)
         labels = self.source.labels([index for _, index in items])
-        return images, noise, labels if self.conditional else labels * 0
+        return images, labels if self.conditional else labels * 0
 
-    def finish(self, fetched: tuple[Tensor, Tensor, Tensor]) -> Batch:
+    def finish(self, fetched: tuple[Tensor, ...]) -> Batch:
+        """Images (B, 3, H, W) in [-1, 1], on the device, and labels."""
+        images, labels = fetched
+        return self.source.floats(images), labels
+
+
+class EncodedDataset(ImageDataset):
+    """Draws from images that the training process encodes.
+
+    The draws are those of `LatentDataset` for a cache of the same images.
+    """
+
+    def __getitems__(self, items: Items) -> tuple[Tensor, ...]:
+        """Images and labels of `ImageDataset`, and posterior noise."""
+        noise = posterior_noise(self.seed, items, self.source.latent_shape)
+        return *super().__getitems__(items), noise
+
+    def finish(self, fetched: tuple[Tensor, ...]) -> Batch:
         """Latents of the images, on the VAE's device, and labels."""
-        images, noise, labels = fetched
+        images, labels, noise = fetched
         moments = self.source.encode(images)
         return draw(moments, noise.to(moments.device), self.source), labels
 
@@ -132,7 +142,7 @@ def posterior_noise(seed: int, items: Items, shape: tuple[int, int, int]) -> Ten
     return noise
 
 
-def draw(moments: Tensor, noise: Tensor, source: Moments | EncodedImages) -> Tensor:
+def draw(moments: Tensor, noise: Tensor, source: Moments | Images) -> Tensor:
     """Latents (B, C, h, w) float32, shifted and scaled, from moments (B, 2C, h, w).
 
     In place, in the memory of `noise`: fresh memory for every intermediate result takes six times

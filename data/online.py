@@ -1,4 +1,4 @@
-"""Images that are encoded while a model trains on them, without a cache."""
+"""Images without a cache: for models of pixels, or encoded while a model trains on them."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 from core.errors import UserError
 from data.images import ImageFolder, load_image, to_float
-from data.vae import VAE
+from data.vae import VAE, PixelSpace
 
 
-class EncodedImages:
-    """An image folder and the VAE that encodes it.
+class Images:
+    """An image folder, and the VAE that encodes it or the identity in its place.
 
     Args:
         path: image folder, `path/<class>/<images>`.
@@ -26,7 +26,7 @@ class EncodedImages:
         UserError: no such folder, or a size that the VAE cannot encode.
     """
 
-    def __init__(self, path: str, image_size: int, vae: VAE):
+    def __init__(self, path: str, image_size: int, vae: VAE | PixelSpace):
         if image_size % vae.factor:
             raise UserError(
                 f"data.image_size: {image_size} is not a multiple of the VAE's {vae.factor}"
@@ -54,6 +54,10 @@ class EncodedImages:
         """Labels (B,) int64."""
         return torch.from_numpy(self.folder.labels[list(indices)])
 
+    def floats(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) uint8 in [-1, 1], on the device."""
+        return to_float(images.to(self.vae.device))
+
     def encode(self, images: Tensor) -> Tensor:
         """Posterior moments (B, 2C, h, w) float32 of images (B, 3, H, W) uint8."""
-        return self.vae.encode_moments(to_float(images.to(self.vae.device)))
+        return self.vae.encode_moments(self.floats(images))

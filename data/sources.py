@@ -5,11 +5,11 @@ from pathlib import Path
 from config.schema import Config, DataConfig, ModelConfig
 from core.distributed import Processes
 from core.errors import UserError
-from data.dataset import LatentDataset, OnlineDataset, TrainingData
+from data.dataset import EncodedDataset, ImageDataset, LatentDataset, TrainingData
 from data.latents import JoinedCaches, LatentCache, Moments
-from data.online import EncodedImages
+from data.online import Images
 from data.published import PublishedCache
-from data.vae import KNOWN_NAMES, VAE
+from data.vae import KNOWN_NAMES, VAE, open_vae
 
 
 def training_data(config: Config, processes: Processes) -> TrainingData:
@@ -21,11 +21,7 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
     data = config.data
     options = (config.seed, data.horizontal_flip, config.model.num_classes > 0)
     if data.source == "images":
-        with processes.main_first():
-            vae = VAE(data.vae_path, processes.device)
-        source = EncodedImages(data.data_path, data.image_size, vae)
-        check_fits(source, data, config.model)
-        return OnlineDataset(source, *options)
+        return _image_data(config, data.data_path, processes, data.horizontal_flip)
     if data.source == "npz":
         with processes.main_first():
             vae = VAE(data.vae_path)
@@ -38,12 +34,25 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
     return LatentDataset(source, *options)
 
 
-def validation_data(config: Config, processes: Processes) -> LatentDataset:
-    """Held-out latents, never mirrored.
+def _image_data(config: Config, path: str, processes: Processes, flip: bool) -> ImageDataset:
+    """Images below `path`: encoded, or as they are in pixel space."""
+    data = config.data
+    with processes.main_first():
+        vae = open_vae(data.vae_path, processes.device)
+    source = Images(path, data.image_size, vae)
+    check_fits(source, data, config.model)
+    kind = ImageDataset if data.vae_path is None else EncodedDataset
+    return kind(source, config.seed, flip, config.model.num_classes > 0)
+
+
+def validation_data(config: Config, processes: Processes) -> TrainingData:
+    """Held-out latents or images, never mirrored.
 
     Raises:
         UserError: when they cannot be read, or do not fit the config.
     """
+    if config.data.val_cached_path is None:
+        return _image_data(config, config.data.val_data_path, processes, flip=False)
     cache = LatentCache(Path(config.data.val_cached_path))
     check_fits(cache, config.data, config.model)
     check_vae(cache, config.data, processes)
@@ -55,7 +64,7 @@ def _paths(data: DataConfig) -> list[str]:
     return [data.cached_path] if isinstance(data.cached_path, str) else data.cached_path
 
 
-def check_fits(source: Moments | EncodedImages, data: DataConfig, model: ModelConfig) -> None:
+def check_fits(source: Moments | Images, data: DataConfig, model: ModelConfig) -> None:
     """Refuse data that is not what this run is configured for.
 
     Raises:

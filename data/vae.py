@@ -80,6 +80,36 @@ class VAE:
         return self.model.decode(unscaled).sample.clamp(-1.0, 1.0)
 
 
+class PixelSpace:
+    """The identity in place of a VAE, for models of images themselves.
+
+    Attributes: as those of `VAE`.
+    """
+
+    path = None
+    scaling_factor, shift_factor = 1.0, 0.0
+    latent_channels, factor = 3, 1
+
+    def __init__(self, device: str | torch.device = "cpu"):
+        self.device = torch.device(device)
+
+    def weights_hash(self) -> None:
+        """There are no weights."""
+
+    def decode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), cut to [-1, 1]."""
+        return images.float().clamp(-1.0, 1.0)
+
+
+def open_vae(path: str | None, device: str | torch.device = "cpu") -> VAE | PixelSpace:
+    """The VAE of a config's `vae_path`, or the identity where it is null.
+
+    Raises:
+        UserError: the VAE cannot be loaded.
+    """
+    return PixelSpace(device) if path is None else VAE(path, device)
+
+
 PIXELS: dict[str, Callable[[Tensor], Tensor]] = {
     "adm": lambda x: (x + 1) * 127.5,
     "dit": lambda x: 127.5 * x + 128.0,

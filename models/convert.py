@@ -26,6 +26,7 @@ from core.files import complete_file, complete_folder
 from core.logging import get_logger
 from models.build import build_model
 from models.official import load_official, to_official
+from models.official_entries import is_jit
 from models.pretrained import (
     CONFIG_FILE,
     STATE_FILE,
@@ -40,18 +41,40 @@ from models.sealed import check_seal, seal
 
 log: logging.Logger = get_logger("models.convert")
 
+AVERAGES = {"model": "model", "ema": "ema", "model_ema1": "ema", "model_ema2": "ema2"}
+"""Official names of live and averaged weights (JiT has two averages), and ours."""
+
+
+PREFIX = "net."
+"""Before every name in the files of JiT, whose model is a part of its denoiser."""
+
 
 def read_official(path: Path) -> dict[str, dict[str, Tensor]]:
-    """State dicts of an official file: `model` and `ema` where it has them, else `model` alone.
+    """State dicts of an official file under the names of AVERAGES, or `model` alone.
 
-    Only tensors, plain containers and `argparse.Namespace` are unpickled.
+    A `.safetensors` file holds one. Of others only tensors, plain containers and
+    `argparse.Namespace` are unpickled.
 
     Raises:
         UserError: when the file is missing, damaged, or holds any other global, which is named.
     """
+    loaded = read_tensors(path) if path.suffix == ".safetensors" else _unpickled(path)
+    parts = {}
+    for theirs, ours in AVERAGES.items():
+        state = _get(loaded, theirs)
+        if _is_state(state):
+            parts[ours] = _bare(state)
+    if not parts and _is_state(loaded):
+        parts = {"model": _bare(loaded)}
+    if not parts:
+        raise UserError(f"--official: {path}: holds no state dict, flat or under {_listed()}")
+    return parts
+
+
+def _unpickled(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)|Unsupported (?:global|class) (\S+)", str(error))
         name = next((g for g in found.groups() if g), "?") if found else None
@@ -59,24 +82,33 @@ def read_official(path: Path) -> dict[str, dict[str, Tensor]]:
         raise UserError(f"--official: {path}: {reason}") from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"--official: {path}: not readable: {error}") from None
-    parts = {key: loaded[key] for key in ("model", "ema") if _is_state(_get(loaded, key))}
-    if not parts and _is_state(loaded):
-        parts = {"model": loaded}
-    if not parts:
-        raise UserError(f"--official: {path}: holds no state dict, flat or under model or ema")
-    return parts
+
+
+def _listed() -> str:
+    return ", ".join(AVERAGES)
+
+
+def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without JiT's prefix."""
+    if not all(name.startswith(PREFIX) for name in state):
+        return state
+    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
 
 
 def import_official(path: Path, config_path: Path, out: Path) -> None:
     """Write a checkpoint folder with the weights of an official file.
 
-    `ema.safetensors` has the averaged weights where the file has them, else the live ones.
+    `ema.safetensors` has the averaged weights where the file has them, else the live ones. A
+    second average becomes the first of the config's optim.extra_ema_decays.
     """
     parts = read_official(path)
     config = load_config(config_path)
+    names = {"model": "model", "ema": "ema"}
+    if "ema2" in parts and config.optim.extra_ema_decays:
+        names["ema2"] = f"ema_{config.optim.extra_ema_decays[0]:g}"
     with complete_folder(out) as folder:
-        for name in ("model", "ema"):
-            source = name if name in parts else next(iter(parts))
+        for part, name in names.items():
+            source = part if part in parts else next(iter(parts))
             model = build_model(config.model)
             load_official(model, config.model, parts[source])
             save_weights(model, folder / f"{name}.safetensors")
@@ -100,13 +132,20 @@ def gather_shards(checkpoint: Path, out: Path) -> None:
 
 
 def export_official(checkpoint: Path, out: Path) -> None:
-    """Write `{model, ema}` of a checkpoint under official names."""
-    parts = {
-        name: to_official(load_pretrained(checkpoint, name).model) for name in ("model", "ema")
-    }
+    """Write the weights of a checkpoint as the official code names them: `model` and averages."""
+    config = load_pretrained(checkpoint).config
+    jit = is_jit(config.model)
+    names = {"model": "model", "ema": "model_ema1" if jit else "ema"}
+    if jit and config.optim.extra_ema_decays:
+        names[f"ema_{config.optim.extra_ema_decays[0]:g}"] = "model_ema2"
+    parts = {}
+    for ours, theirs in names.items():
+        state = to_official(load_pretrained(checkpoint, ours).model)
+        prefix = PREFIX if jit else ""
+        parts[theirs] = {f"{prefix}{name}": tensor for name, tensor in state.items()}
     with complete_file(out) as temporary:
         torch.save(parts, temporary)
-    log.info("%s: model and ema of %s", out, checkpoint)
+    log.info("%s: %s of %s", out, ", ".join(parts), checkpoint)
 
 
 def _get(loaded: Any, key: str) -> Any:

@@ -69,6 +69,12 @@ class DiT(nn.Module):
         return DiTBlock(config.hidden_size, attention, feed_forward(number), config.norm)
 
     @torch.no_grad()
+    def fill_tables(self) -> None:
+        """Compute the position tables anew, where memory was allocated but not filled."""
+        for name, table in position_tables(self.config).items():
+            getattr(self, name).copy_(table)
+
+    @torch.no_grad()
     def reset_parameters(self) -> None:
         """DiT's initialisation: Xavier-uniform, and every block starts as the identity."""
         for module in self.modules():

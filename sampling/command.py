@@ -20,7 +20,7 @@ from core.distributed import Processes
 from core.errors import UserError
 from core.files import complete_file, file_hash
 from core.logging import get_logger, quiet_other_processes
-from data.vae import KNOWN_NAMES, VAE, to_uint8
+from data.vae import KNOWN_NAMES, VAE, PixelSpace, open_vae, to_uint8
 from models.pretrained import Pretrained, load_pretrained
 from models.sealed import MANIFEST_FILE
 from sampling.flags import resolve, routing_of
@@ -79,7 +79,7 @@ def sample_from_checkpoint(
     torch.backends.cudnn.allow_tf32 = flags.tf32
     pretrained = load_pretrained(flags.ckpt, flags.weights, routing_of(flags))
     protocol = resolve(flags, pretrained)
-    vae = VAE(protocol.vae, processes.device)
+    vae = open_vae(protocol.vae, processes.device)
     _check_vae(vae, pretrained)
     sampler = Sampler.of(pretrained, protocol.sampling, flags.global_seed, processes.device)
     sampler.record = flags.capacity
@@ -113,7 +113,7 @@ def _labels(flags: argparse.Namespace, protocol: Protocol, num_classes: int) -> 
     return chosen_labels(flags.classes, flags.num_per_class)
 
 
-def _check_vae(vae: VAE, pretrained: Pretrained) -> None:
+def _check_vae(vae: VAE | PixelSpace, pretrained: Pretrained) -> None:
     """The decoder must read latents of the scale that the model was trained on."""
     latents = pretrained.state["latents"]
     if latents is None:  # an imported checkpoint does not say
@@ -160,7 +160,7 @@ def _differing(values: Any, plain: Any, names: Iterable[str]) -> list[str]:
 
 
 def _settings(
-    flags: argparse.Namespace, pretrained: Pretrained, protocol: Protocol, vae: VAE
+    flags: argparse.Namespace, pretrained: Pretrained, protocol: Protocol, vae: VAE | PixelSpace
 ) -> dict[str, Any]:
     """Everything that decides the images, but for the hardware."""
     labels = protocol.labels if flags.classes is None else f"{flags.num_per_class} of each class"

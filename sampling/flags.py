@@ -118,6 +118,11 @@ def resolve(flags: argparse.Namespace, pretrained: Pretrained) -> Protocol:
         changes["num_fid_samples"] = len(flags.classes) * flags.num_per_class
     protocol = dataclasses.replace(protocol, **changes)
     validate(dataclasses.replace(config, sampling=protocol.sampling))
+    if config.data.vae_path is None and protocol.vae is not None:
+        source = "--vae" if flags.vae is not None else f"--protocol {flags.protocol}: vae"
+        raise UserError(
+            f"{source}: {protocol.vae}, but {pretrained.path} makes pixels; it has none"
+        )
     return dataclasses.replace(protocol, vae=protocol.vae or config.data.vae_path)
 
 

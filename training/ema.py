@@ -1,7 +1,5 @@
 """The exponential moving average of the weights."""
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -18,13 +16,13 @@ class EMA:
     stay near zero for tens of thousands of steps, and every expert would take every token.
 
     Args:
-        model: averaged; the average starts as its copy.
+        model: a copy of the model that is trained, which becomes the average.
         decay: weight of the old average in one step.
         warmup: begin with a shorter average, decay min(decay, (1 + step) / (10 + step)).
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = model.eval().requires_grad_(False)
         self.decay = decay
         self.warmup = warmup
 

@@ -10,10 +10,13 @@ from config.schema import Config, OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters (Appendix B.1); fused, which can skip a step on the device."""
+    """AdamW over all parameters (Appendix B.1); fused, which can skip a step on the device.
+
+    The learning rate is set before every step.
+    """
     return torch.optim.AdamW(
         model.parameters(),
-        lr=config.lr,
+        lr=0.0 if config.lr is None else config.lr,
         betas=config.betas,
         weight_decay=config.weight_decay,
         fused=True,
@@ -23,11 +26,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of optimizer step `step` (from 0): a function of it, so nothing to save."""
     optim = config.optim
+    peak = optim.peak_lr(config.train.global_batch_size)
     warmup = min(1.0, (step + 1) / (optim.warmup_steps + 1))
     if optim.lr_schedule == "constant":
-        return optim.lr * warmup
+        return peak * warmup
     rest = max(0, step - optim.warmup_steps) / max(1, config.train.max_steps - optim.warmup_steps)
-    return optim.lr * warmup * 0.5 * (1 + math.cos(math.pi * rest))
+    return peak * warmup * 0.5 * (1 + math.cos(math.pi * rest))
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -15,12 +16,31 @@ from torch.nn.parallel import DistributedDataParallel
 from config.schema import Config
 from core.distributed import Processes
 from core.types import ModelOutput, RoutingPlan, RoutingRecord
+from models.build import build_model
 from models.dit import DiT
 
 
 def is_sharded(config: Config, processes: Processes) -> bool:
     """Whether the weights lie in parts on several processes."""
     return config.parallel.strategy == "fsdp" and processes.world_size > 1
+
+
+def build_sharded(config: Config, processes: Processes, whole: dict[str, Tensor]) -> DiT:
+    """A model spread over the processes, of which none but the main one ever holds all of it.
+
+    Args:
+        config: of the run.
+        processes: all of which call this function.
+        whole: state of the model on the main process; not looked at elsewhere.
+    """
+    with torch.device("meta"):
+        model = build_model(config.model)
+    shard(model, config, processes)
+    model.to_empty(device=processes.device)
+    model.fill_tables()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, dict(whole), options=options)
+    return model
 
 
 def shard(model: DiT, config: Config, processes: Processes) -> None:

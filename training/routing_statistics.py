@@ -8,7 +8,9 @@ from torch import Tensor
 from core.distributed import Processes
 from core.types import RoutingRecord
 from models.dit import DiT
-from training.router_state import capacity_predictors
+from models.moe.capacity import CapacityPredictor
+from models.moe.deepseek import DeepSeekRouter
+from training.router_state import capacity_predictors, keepers
 from training.validation import BINS
 
 
@@ -26,6 +28,7 @@ class RoutingStatistics:
         accuracy: (L,) share of token-expert pairs where predictor and threshold agree with what
             the expert took; None without predictors.
         thresholds: (L, E); None without predictors.
+        biases: (L, E) correction biases; None without.
     """
 
     loads: Tensor
@@ -33,6 +36,7 @@ class RoutingStatistics:
     mean_capacity: Tensor
     accuracy: Tensor | None
     thresholds: Tensor | None
+    biases: Tensor | None
 
 
 @torch.no_grad()
@@ -65,8 +69,14 @@ def routing_statistics(
         capacity=sums / counts,
         mean_capacity=sums.sum(dim=1) / counts.sum(dim=1),
         accuracy=right[:, 0] / right[:, 1] if predictors else None,
-        thresholds=torch.stack([p.thresholds for p in predictors]).cpu() if predictors else None,
+        thresholds=_stacked(predictors),
+        biases=_stacked([k for k in keepers(model) if isinstance(k, DeepSeekRouter)]),
     )
+
+
+def _stacked(parts: list[CapacityPredictor] | list[DeepSeekRouter]) -> Tensor | None:
+    """(L, E) what routers keep, on the CPU."""
+    return torch.stack([part.state for part in parts]).cpu() if parts else None
 
 
 def _layer(

@@ -7,7 +7,7 @@ import torch
 from config.schema import Config
 from core.distributed import Processes
 from core.types import Objective
-from data.vae import VAE, to_uint8
+from data.vae import VAE, PixelSpace, to_uint8
 from evaluations.features import build_extractor
 from evaluations.metrics import frechet_distance
 from evaluations.reference import read_reference
@@ -35,7 +35,7 @@ class SampleScores:
         self,
         config: Config,
         objective: Objective,
-        vae: VAE,
+        vae: VAE | PixelSpace,
         latent_shape: tuple[int, int, int],
         processes: Processes,
     ):

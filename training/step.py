@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from config.schema import Config
 from config.validate import accumulation_steps
 from core.distributed import Processes
-from core.rng import generator
+from core.rng import derive_seed, generator
 from core.types import Objective, RoutingRecord
 from models.dit import DiT
 from training import router_state
@@ -108,6 +108,8 @@ class TrainStep:
         number = slot * self.processes.world_size + self.processes.rank
         draw = generator(self.seed, "train", step, number, device=self.processes.device)
         cond = self.bare.drop_condition(cond, draw)
+        if self.bare.config.dropout > 0:  # layers draw from the global generator
+            torch.manual_seed(derive_seed(self.seed, "dropout", step, number))
         with self._precision():
             terms = self.objective.training_losses(self.model, x, cond, draw)
         auxiliary = auxiliary_losses(terms.routing)

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import copy
 import json
 import logging
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from core.logging import get_logger, quiet_other_processes
 from core.rng import derive_seed
 from data.loader import training_batches
 from data.sources import training_data
-from data.vae import VAE, to_uint8
+from data.vae import VAE, PixelSpace, open_vae, to_uint8
 from models.build import build_model
+from models.dit import DiT
 from models.pretrained import CONFIG_FILE, save_weights
 from sampling.generate import Sampler
 from sampling.grid import image_grid, save_png
@@ -26,7 +28,7 @@ from training.checkpoint import TrainingState, initialise, resume, save_checkpoi
 from training.ema import EMA
 from training.interruption import StopRequest, losses_named
 from training.optim import build_optimizer, learning_rate
-from training.parallel import is_sharded, prepare, shard
+from training.parallel import build_sharded, is_sharded, prepare
 from training.scores import SampleScores
 from training.step import Batch, StepResult, TrainStep
 from training.telemetry import Telemetry
@@ -146,17 +148,18 @@ class Trainer:
 
     def _build(self) -> TrainingState:
         """Model, averages and optimizer at step 0, on this process's device."""
-        config, device = self.config, self.processes.device
-        torch.manual_seed(derive_seed(config.seed, "weights"))
-        model = build_model(config.model).to(device)
-        initialise(config, model)
-        optim = config.optim
+        config, optim = self.config, self.config.optim
         decays = {"ema": optim.ema_decay}
         decays |= {f"ema_{decay:g}": decay for decay in optim.extra_ema_decays}
-        emas = {name: EMA(model, decay, optim.ema_warmup) for name, decay in decays.items()}
         if self._is_sharded:
-            for one in (model, *(ema.model for ema in emas.values())):
-                shard(one, config, self.processes)
+            model, *copies = self._build_sharded(1 + len(decays))
+        else:
+            model = self._build_whole().to(self.processes.device)
+            copies = [copy.deepcopy(model) for _ in decays]
+        emas = {
+            name: EMA(average, decay, optim.ema_warmup)
+            for (name, decay), average in zip(decays.items(), copies, strict=True)
+        }
         source = self.data.source
         latents = {
             "vae_path": source.vae_path,
@@ -166,6 +169,26 @@ class Trainer:
             "class_names": source.class_names if config.model.num_classes else [],
         }
         return TrainingState(config, model, emas, build_optimizer(model, optim), latents)
+
+    def _build_whole(self) -> DiT:
+        """The model with its first weights, on the CPU."""
+        torch.manual_seed(derive_seed(self.config.seed, "weights"))
+        model = build_model(self.config.model)
+        initialise(self.config, model)
+        return model
+
+    def _build_sharded(self, count: int) -> list[DiT]:
+        """`count` equal models spread over the processes; only the main one builds it whole."""
+        whole, refusal = {}, None
+        if self.processes.is_main:
+            try:
+                whole = self._build_whole().state_dict()
+            except UserError as error:
+                refusal = str(error)
+        refusal = self.processes.from_main(refusal)
+        if refusal is not None:
+            raise UserError(refusal)
+        return [build_sharded(self.config, self.processes, whole) for _ in range(count)]
 
     def _write_what_is_due(self, telemetry: Telemetry, stopping: bool) -> None:
         train, step = self.config.train, self.state.step
@@ -206,12 +229,12 @@ class Trainer:
             telemetry.images(self.state.step, "samples/ema", grid)
             save_png(grid, self.run_dir / "samples" / f"step_{self.state.step:07d}.png")
 
-    def _load_vae(self) -> VAE | None:
+    def _load_vae(self) -> VAE | PixelSpace | None:
         """The decoder for sample grids and scores, where they are wanted and made."""
         grids = self.config.train.sample_every and self.processes.is_main
         if not (grids or self.config.evaluation.every):
             return None
-        return VAE(self.config.data.vae_path, self.processes.device)
+        return open_vae(self.config.data.vae_path, self.processes.device)
 
     def _announce(self) -> None:
         if not self.processes.is_main:

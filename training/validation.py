@@ -52,7 +52,8 @@ class Validation:
         mine = blocks if sharded else blocks[self.processes.rank :: self.processes.world_size]
         for first in mine:
             places = range(first, min(first + self.block, self.count))
-            x, cond = self.data.__getitems__([(0, self.indices[i]) for i in places])
+            items = [(0, self.indices[i]) for i in places]
+            x, cond = self.data.finish(self.data.__getitems__(items))
             draws = [generator(self.seed, "validation noise", i) for i in places]
             noise = torch.stack([torch.randn(x.shape[1:], generator=draw) for draw in draws])
             t = self.objective.time_of(self.times[first : places[-1] + 1])

@@ -10,7 +10,7 @@ from config.load import parse_config
 from core.distributed import Processes
 from core.errors import UserError
 from data.convert_cache import convert_cache
-from data.dataset import LatentDataset, OnlineDataset
+from data.dataset import EncodedDataset, LatentDataset
 from data.images import ImageFolder
 from data.latents import JoinedCaches, LatentCache
 from data.loader import training_batches
@@ -150,7 +150,7 @@ def test_online_encoding_equals_the_cache(exact, image_root, vae_folder):
     online = training_data(
         flags("unused", vae_folder, data__source="images", data__data_path=image_root), ALONE
     )
-    assert isinstance(online, OnlineDataset)
+    assert isinstance(online, EncodedDataset)
     indices = list(range(23))
     images = online.source.images(indices)
     for view, pixels in enumerate((images, images.flip(-1))):

@@ -76,3 +76,33 @@ def capacity_loss(predictor, pool, ones):
     hidden = F.silu(pool.detach() @ first.weight.T + first.bias)
     p = torch.sigmoid(hidden @ second.weight.T + second.bias)
     return -(ones * p.log() + (1 - ones) * (1 - p).log()).mean(), p
+
+
+def deepseek(x, weight, bias, experts, config):
+    """Sigmoid routing with groups, token by token, SwiGLU experts; from the issue's formulas.
+
+    Returns the output without what is shared, and counts (B, E).
+    """
+    B, S, D = x.shape
+    E, G = len(weight), config.num_groups
+    size = E // G
+    y = torch.zeros(B * S, D, dtype=x.dtype)
+    counts = torch.zeros(B, E, dtype=torch.int64)
+    for s, token in enumerate(x.reshape(-1, D)):
+        affinities = torch.sigmoid(token @ weight.T)
+        score = (affinities + bias).tolist()
+        groups = [score[g * size : (g + 1) * size] for g in range(G)]
+        value = [sum(sorted(group)[-2:]) for group in groups]
+        best = sorted(range(G), key=lambda g: -value[g])[: config.top_k_groups]
+        allowed = [e for e in range(E) if e // size in best]
+        if config.zero_masked_groups:
+            score = [score[e] if e in allowed else 0.0 for e in range(E)]
+            allowed = range(E)
+        chosen = sorted(allowed, key=lambda e: -score[e])[: config.top_k]
+        total = sum(affinities[e] for e in chosen) if config.top_k > 1 else 1.0
+        for e in chosen:
+            gate, up = (token @ experts.w1[e]).chunk(2)
+            out = (F.silu(gate) * up) @ experts.w2[e]
+            y[s] = y[s] + config.routed_scaling_factor * affinities[e] / total * out
+            counts[s // S, e] += 1
+    return y.view(B, S, D), counts

@@ -5,6 +5,7 @@ import torch
 from torch import _dynamo as dynamo
 
 from config.schema import (
+    DeepSeekConfig,
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
@@ -22,6 +23,7 @@ VARIANTS = {
     "expert_choice": ExpertChoiceConfig(num_experts=4, **SHARED),
     "diffmoe": DiffMoEConfig(num_experts=4),
     "diffmoe_all_experts": DiffMoEConfig(num_experts=4, capacity=4.0),
+    "deepseek": DeepSeekConfig(num_experts=4, num_groups=2, intermediate_size=16, **SHARED),
 }
 
 SHAPE = {"input_size": 4, "patch_size": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
@@ -48,7 +50,11 @@ def _fresh_graphs():
 def precision(variant):
     """Before torch 2.12 a grouped product in float32 has no shape function; in bfloat16 it has."""
     old = torch.__version__ < "2.12"
-    return torch.bfloat16 if old and variant.startswith("token_choice") else torch.float32
+    return (
+        torch.bfloat16
+        if old and variant.startswith(("token_choice", "deepseek"))
+        else torch.float32
+    )
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
@@ -61,6 +67,15 @@ def test_a_training_block_has_no_graph_break(variant, mlp):
         found = dynamo.explain(block)(x, c)
     assert found.graph_break_count == 0, found.break_reasons
     assert found.graph_count == 1
+
+
+def test_a_block_with_every_option_of_the_backbone_has_no_graph_break():
+    options = {"rope": "2d", "norm": "rmsnorm", "qk_norm": True, "num_kv_heads": 1}
+    config = ModelConfig(**SHAPE, **options, feed_forward=DiffMoEConfig(num_experts=4))
+    made = build_model(config).train()
+    x, c = torch.randn(3, 16, 16), torch.randn(3, 16)
+    found = dynamo.explain(made.blocks[1])(x, c, (made.rotary_cos, made.rotary_sin))
+    assert found.graph_break_count == 0, found.break_reasons
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

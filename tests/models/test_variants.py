@@ -1,5 +1,7 @@
 """Options that combine with every layer: shared experts, SwiGLU, fixed thresholds, schedules."""
 
+import copy
+
 import pytest
 import torch
 
@@ -119,7 +121,7 @@ def test_starting_from_another_checkpoint(tmp_path):
         torch.nn.init.normal_(parameter)
     facts = {"vae_path": "", "scaling_factor": 1, "shift_factor": 0, "latent_channels": 4}
     latents = facts | {"class_names": []}
-    ema, optimizer = EMA(old, 0.9, False), build_optimizer(old, config.optim)
+    ema, optimizer = EMA(copy.deepcopy(old), 0.9, False), build_optimizer(old, config.optim)
     state = TrainingState(config, old, {"ema": ema}, optimizer, latents, step=1)
     save_checkpoint(state, Processes(0, 1, torch.device("cpu")))
     checkpoint = str(tmp_path / "old")

@@ -1,5 +1,6 @@
 """Averages, optimizer state, router state, one step, checkpoints."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -50,7 +51,7 @@ def parts(tmp_path, **model):
     settings = config(tmp_path, **model)
     settings.sampling.sampler = "euler"
     made = build_model(settings.model)
-    ema = EMA(made, 0.9, warmup=False)
+    ema = EMA(copy.deepcopy(made), 0.9, warmup=False)
     optimizer = build_optimizer(made, settings.optim)
     return TrainingState(settings, made, {"ema": ema}, optimizer, LATENTS)
 
@@ -80,7 +81,7 @@ def step(state, data, number=0, optimizer=None, processes=ALONE, **changes):
 
 def test_ema_by_hand_and_live_thresholds():
     model = build_model(ModelConfig(hidden_size=16, num_heads=2, depth=2))
-    ema = EMA(model, 0.75, warmup=False)
+    ema = EMA(copy.deepcopy(model), 0.75, warmup=False)
     start = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
         for p in model.parameters():
@@ -95,7 +96,7 @@ def test_ema_by_hand_and_live_thresholds():
 
 def test_ema_warmup_starts_short():
     model = torch.nn.Linear(1, 1)
-    ema = EMA(model, 0.999, warmup=True)
+    ema = EMA(copy.deepcopy(model), 0.999, warmup=True)
     with torch.no_grad():
         model.weight.zero_()
         before = ema.model.weight.item()
