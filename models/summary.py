@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from config.load import parse_config
+from config.model import FeedForwardConfig
 from config.schema import DeepSeekConfig, DenseConfig, ModelConfig, TokenChoiceConfig
 from core.errors import command
 from models.build import build_model
@@ -108,19 +109,27 @@ def _group_by_table(name: str) -> str:
     return "FFN" if group == "router" else group
 
 
-def _report(summary: Summary) -> dict:
-    capacities = sorted({*CAPACITIES, summary.capacity})
-    return {
+def _report(summary: Summary, layer: FeedForwardConfig) -> dict:
+    report = {
         "total": summary.total,
         "trainable": summary.trainable,
         "groups_by_name": summary.by_name,
         "groups_of_table_9": summary.by_table,
         "routed_experts": summary.routed_experts,
-        "activated": {f"C={c:g}": round(summary.activated(c)) for c in capacities},
-        "activated_eq_40": {
-            f"C={c:g}": round(summary.activated_by_equation(c)) for c in capacities
-        },
     }
+    own = f"C={summary.capacity:g}"
+    activated = summary.activated(summary.capacity)
+    if isinstance(layer, DeepSeekConfig):
+        report["activated"] = {own: round(activated)}
+    else:
+        capacities = sorted({*CAPACITIES, summary.capacity})
+        for key, count in (
+            ("activated", summary.activated),
+            ("activated_eq_40", summary.activated_by_equation),
+        ):
+            report[key] = {f"C={c:g}": round(count(c)) for c in capacities}
+    # The tables of DSMoE and JiTMoE print their own models in these units.
+    return report | {"activated_in_2^20": {own: round(activated / 2**20, 2)}}
 
 
 def _table(report: dict) -> str:
@@ -128,7 +137,9 @@ def _table(report: dict) -> str:
     for key, value in report.items():
         rows = value.items() if isinstance(value, dict) else [("", value)]
         for name, count in rows:
-            lines.append(f"{key.replace('_', ' '):<20}{name:<12}{count / 1e6:>10.2f} M")
+            shown = count if key == "activated_in_2^20" else count / 1e6
+            unit = " Mi" if key == "activated_in_2^20" else " M"
+            lines.append(f"{key.replace('_', ' '):<20}{name:<12}{shown:>10.2f}{unit}")
     return "\n".join(lines)
 
 
@@ -136,7 +147,8 @@ def _table(report: dict) -> str:
 def main() -> None:
     """Parse the command line and print the counts."""
     argv = [word for word in sys.argv[1:] if word != "--json"]
-    report = _report(summarize(parse_config(argv, "models.summary").model))
+    model = parse_config(argv, "models.summary").model
+    report = _report(summarize(model), model.feed_forward)
     text = json.dumps(report, indent=2) if "--json" in sys.argv else _table(report)
     sys.stdout.write(text + "\n")
 

@@ -156,7 +156,8 @@ def _name(flags: argparse.Namespace, pretrained: Pretrained, protocol: Protocol)
 def _differing(values: Any, plain: Any, names: Iterable[str]) -> list[str]:
     """`key=value` of the fields `names` that are not as in `plain`."""
     changed = {k: getattr(values, k) for k in names if getattr(values, k) != getattr(plain, k)}
-    return [f"{key}={value}".replace(" ", "") for key, value in changed.items()]
+    texts = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in changed.items()}
+    return [f"{key}={text}" for key, text in texts.items()]
 
 
 def _settings(

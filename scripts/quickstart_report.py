@@ -1,6 +1,7 @@
-"""python scripts/quickstart_report.py runs/quickstart
+"""python scripts/quickstart_report.py runs/quickstart runs/quickstart_dsmoe
 
-Print the table of a finished quickstart from the records that its stages wrote.
+Print the table of a finished quickstart from the records that its stages wrote: those that all
+variants share lie in the first folder, those of the variant in the second.
 """
 
 import json
@@ -10,15 +11,15 @@ from pathlib import Path
 from safetensors import safe_open
 
 
-def main(run: Path) -> None:
-    """Read the records below `run` and print one line for each figure."""
+def main(shared: Path, run: Path) -> None:
+    """Read the records and print one line for each figure."""
     entries = [json.loads(line) for line in (run / "train/metrics.jsonl").read_text().splitlines()]
     sets = [p for p in sorted(run.glob("samples/*.json")) if ".capacity" not in p.name]
     records = {path: json.loads(path.read_text()) for path in sets}
-    heldout = json.loads((run / "heldout.json").read_text())
+    heldout = json.loads((shared / "heldout.json").read_text())
     rates = sorted(entry["images_per_second"] for entry in entries)
     rows = [
-        ("training images", f"{len(list((run / 'images/train').rglob('*.png')))}"),
+        ("training images", f"{len(list((shared / 'images/train').rglob('*.png')))}"),
         ("steps", f"{entries[-1]['step']}"),
         (f"loss, first {entries[0]['step']} steps", f"{entries[0]['loss/loss']:.4f}"),
         ("loss, last steps", f"{entries[-1]['loss/loss']:.4f}"),
@@ -34,7 +35,7 @@ def main(run: Path) -> None:
             (f"FD-digits, {at}", f"{scores['FD-digits']:.3f}"),
         ]
     rows.append(("FD-digits, training to held-out", f"{heldout['scores']['FD-digits']:.3f}"))
-    with safe_open(run / "classifier.safetensors", "np") as file:
+    with safe_open(shared / "classifier.safetensors", "np") as file:
         (about,) = map(json.loads, file.metadata().values())
     rows.append(("classifier on held-out digits", f"{about['record']['heldout_accuracy']:.4f}"))
     width = max(len(name) for name, _ in rows)
@@ -45,4 +46,4 @@ def main(run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -291,15 +291,17 @@ def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
         run_sampling(trained, run / "samples", "--cfg-scale", scale)
     for path in (run / "samples").glob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"scores": marks}))
-    (run / "heldout.json").write_text(json.dumps({"scores": {"FD-digits": 0.5}}))
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / "heldout.json").write_text(json.dumps({"scores": {"FD-digits": 0.5}}))
     save_classifier(
-        run / "classifier.safetensors", DigitClassifier(("0", "1")), {"heldout_accuracy": 0.98}
+        shared / "classifier.safetensors", DigitClassifier(("0", "1")), {"heldout_accuracy": 0.98}
     )
-    (run / "images" / "train" / "0").mkdir(parents=True)
+    (shared / "images" / "train" / "0").mkdir(parents=True)
     for number in range(23):
-        (run / "images" / "train" / "0" / f"{number}.png").touch()
+        (shared / "images" / "train" / "0" / f"{number}.png").touch()
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "quickstart_report.py", run],
+        [sys.executable, ROOT / "scripts" / "quickstart_report.py", shared, run],
         capture_output=True,
         text=True,
         check=True,
@@ -311,6 +313,23 @@ def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
     assert rows["FD-digits, training to held-out"] == "0.500"
     assert rows["classifier on held-out digits"] == "0.9800"
     assert float(rows["mean C_infer, guidance 1"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("quickstart", "runs/quickstart/train 2000 latents"),
+        ("quickstart_dsmoe", "runs/quickstart_dsmoe/train 2000 latents"),
+        ("quickstart_jitmoe", "runs/quickstart_jitmoe/train 2000 pixels"),
+    ],
+)
+def test_what_the_quickstart_asks_of_its_configs(name, wanted):
+    done = subprocess.run(
+        [sys.executable, "scripts/quickstart_facts.py", f"config/{name}.yaml"],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "check": True},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.strip() == wanted
 
 
 def test_the_readmes_python_example(trained, tmp_path, monkeypatch):

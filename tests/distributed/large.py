@@ -1,0 +1,66 @@
+"""torchrun --nproc_per_node=2 tests/distributed/large.py OUT CACHE VAE
+
+The 3B model in shards without memory, and a model of its pattern and little width trained.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from config.load import parse_config
+from core.distributed import processes
+from models.build import build_model
+from training.parallel import local, shard
+from training.trainer import train
+
+CONFIG = "config/dsmoe_3B_E16_flow.yaml"
+
+
+def narrow(out: Path, cache: str, vae: str) -> list[str]:
+    """Flags that shrink the run but for its depth, pattern and routing."""
+    values = {
+        "run_dir": out,
+        "device": "cpu",
+        "data.cached_path": cache,
+        "data.vae_path": vae,
+        "data.image_size": 16,
+        "data.num_workers": 0,
+        "model.input_size": 8,
+        "model.in_channels": 3,
+        "model.hidden_size": 16,
+        "model.num_heads": 2,
+        "model.depth": 6,
+        "model.num_classes": 3,
+        "model.feed_forward.intermediate_size": 40,
+        "model.feed_forward.shared_intermediate_size": 40,
+        "model.feed_forward.bias_update_rate": 0.01,
+        "train.max_steps": 3,
+        "train.global_batch_size": 4,
+        "train.micro_batch_size": 2,
+        "train.log_every": 1,
+        "train.sample_every": 0,
+        "parallel.strategy": "fsdp",
+    }
+    return ["--config", CONFIG, *(f"--{key}={value}" for key, value in values.items())]
+
+
+def main(out: Path, *data: str) -> None:
+    with processes("cpu", cpu_threads=1) as group:
+        config = parse_config(["--config", CONFIG], "train.py")
+        with torch.device("meta"):
+            model = build_model(config.model)
+        shard(model, config, group)
+        parts = local(model.parameters())
+        facts = {
+            "elements": sum(part.numel() for part in parts),
+            "meta": all(part.is_meta for part in parts),
+            "largest": max(part.numel() for part in parts),
+        }
+        (out / f"rank{group.rank}.json").write_text(json.dumps(facts))
+        train(parse_config(narrow(out / "run", *data), "train.py", group.world_size), group)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])
