@@ -13,6 +13,9 @@ mkdir -p "$out"
     echo "== One layer, float32: D = 384, 16,384 tokens"
     python -m benchmarks.moe_layer --device cuda --hidden-size 384 --tokens 16384 \
         --repeats 15 --out "$out/gpu_layer_fp32.json"
+    echo "== DeepSeek-style layers, bf16, compiled: D = 1024, 65,536 tokens"
+    python -m benchmarks.moe_layer --device cuda --precision bf16 --compile --hidden-size 1024 \
+        --tokens 65536 --family deepseek --repeats 15 --out "$out/gpu_layer_deepseek.json"
     echo "== The whole step, bf16, compiled, batch 256 in forward passes of 64"
     python -m benchmarks.train_step --device cuda --precision bf16 --compile --batch-size 256 \
         --micro-batch-size 64 --repeats 5 --out "$out/gpu_step_L.json" \

@@ -2,6 +2,8 @@
 
 One feed-forward layer of each kind against the dense one of the same activated width: seconds of a
 training pass (forward and backward) and of inference as ratios, and memory for the backward pass.
+`--family deepseek` takes the layers of DSMoE-S, each against a SwiGLU as wide as its top-k experts
+and its shared expert together.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from benchmarks.measure import activation_memory, alternate, machine, report
 from benchmarks.pseudo_code import Algorithm3
 from config.model import FeedForwardConfig
 from config.schema import (
+    DeepSeekConfig,
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
@@ -38,13 +41,62 @@ def layers(experts: int) -> dict[str, FeedForwardConfig]:
     }
 
 
+DEEPSEEK = {"deepseek E16-k2": (16, 2, 2.0), "deepseek E48-k5": (48, 5, 1 / 3)}
+"""Experts, top-k, and width of an expert in units of D, of DSMoE-S."""
+
+
 def build(
-    layer: FeedForwardConfig, hidden_size: int, backend: str, device: torch.device
+    layer: FeedForwardConfig, hidden_size: int, backend: str, device: torch.device, **model: object
 ) -> nn.Module:
     """A layer alone, with thresholds that give C of about 1 in dynamic inference."""
     torch.manual_seed(0)
-    config = ModelConfig(hidden_size=hidden_size, feed_forward=layer, expert_backend=backend)
+    config = ModelConfig(
+        hidden_size=hidden_size, feed_forward=layer, expert_backend=backend, **model
+    )
     return FEED_FORWARDS[layer.name](config).to(device)
+
+
+def diffmoe_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers of the DiffMoE paper, and for each the name of its dense counterpart."""
+    device, D = torch.device(flags.device), flags.hidden_size
+    kinds = layers(flags.num_experts)
+    modules = {name: build(layer, D, "auto", device) for name, layer in kinds.items()}
+    if flags.compile:
+        for module in modules.values():
+            module.compile()
+    for name in kinds.keys() - {"dense"}:
+        modules[f"{name}, loop"] = build(kinds[name], D, "loop", device)
+    modules["Algorithm 3 as printed"] = Algorithm3(D, flags.num_experts, 4 * D).to(device)
+    return modules, dict.fromkeys(modules, "dense")
+
+
+def deepseek_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """DSMoE's layers, and for each the name of its dense counterpart."""
+    device, D = torch.device(flags.device), flags.hidden_size
+    modules, baselines = {}, {}
+    for name, (experts, top_k, ratio) in DEEPSEEK.items():
+        width = round(ratio * D)
+        dense = f"dense SwiGLU of {(top_k + 1) * width}"
+        modules[dense] = build(
+            DenseConfig(), D, "auto", device, mlp="swiglu", intermediate_size=(top_k + 1) * width
+        )
+        layer = DeepSeekConfig(
+            num_experts=experts,
+            top_k=top_k,
+            intermediate_size=width,
+            shared_mlp="swiglu",
+            shared_intermediate_size=width,
+        )
+        modules[name] = build(layer, D, "auto", device)
+        if flags.compile:
+            modules[dense].compile()
+            modules[name].compile()
+        modules[f"{name}, loop"] = build(layer, D, "loop", device)
+        baselines |= dict.fromkeys((dense, name, f"{name}, loop"), dense)
+    return modules, baselines
+
+
+FAMILIES = {"diffmoe": diffmoe_modules, "deepseek": deepseek_modules}
 
 
 def settle(module: nn.Module, x: Tensor) -> None:
@@ -96,35 +148,23 @@ def forward_only(module: nn.Module, x: Tensor, bf16: bool) -> Callable[[], objec
 
 
 def compare(flags: argparse.Namespace) -> list[dict]:
-    """A row for each layer: ratios to the dense one."""
+    """A row for each layer: ratios to its dense counterpart."""
     device = torch.device(flags.device)
     bf16 = flags.precision == "bf16"
-    D = flags.hidden_size
-    x = torch.randn(flags.tokens // SAMPLE, SAMPLE, D, device=device, requires_grad=True)
-    modules = {
-        name: build(layer, D, "auto", device) for name, layer in layers(flags.num_experts).items()
-    }
-    loops = {
-        f"{name}, loop": build(layer, D, "loop", device)
-        for name, layer in layers(flags.num_experts).items()
-        if name != "dense"
-    }
-    modules |= loops
-    modules["Algorithm 3 as printed"] = Algorithm3(D, flags.num_experts, 4 * D).to(device)
+    shape = (flags.tokens // SAMPLE, SAMPLE, flags.hidden_size)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    modules, dense = FAMILIES[flags.family](flags)
     for module in modules.values():
         settle(module, x)
-    if flags.compile:
-        for name in layers(flags.num_experts):
-            modules[name].compile()
     train = alternate({n: training(m, x, bf16) for n, m in modules.items()}, flags.repeats, device)
     infer = alternate({n: inference(m, x, bf16) for n, m in modules.items()}, flags.repeats, device)
     memory = {n: activation_memory(forward_only(m, x, bf16), m, device) for n, m in modules.items()}
     return [
         {
             "layer": name,
-            "train / dense": train[name] / train["dense"],
-            "infer / dense": infer[name] / infer["dense"],
-            "memory / dense": memory[name] / memory["dense"],
+            "train / dense": train[name] / train[dense[name]],
+            "infer / dense": infer[name] / infer[dense[name]],
+            "memory / dense": memory[name] / memory[dense[name]],
             "ms train": 1000 * train[name],
             "ms infer": 1000 * infer[name],
         }
@@ -143,8 +183,9 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     add("--compile", action="store_true", help="compile our layers (not the baselines)")
+    add("--family", choices=FAMILIES, default="diffmoe", help="whose layers")
     add("--hidden-size", type=int, default=384, help="D")
-    add("--num-experts", type=int, nargs="+", default=[16], help="E, one table for each")
+    add("--num-experts", type=int, nargs="+", default=[16], help="E of diffmoe, one table for each")
     add("--tokens", type=int, default=4096, help="in the batch, a multiple of 256")
     add("--repeats", type=int, default=15, help="rounds through all layers")
     add("--out", type=Path, help="JSON file; a number of experts is put into its name")
@@ -154,13 +195,14 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure and report, for each number of experts."""
     flags = parse_flags(argv)
-    counts = flags.num_experts
+    counts = flags.num_experts if flags.family == "diffmoe" else [0]
     for flags.num_experts in counts:
         settings = {k: str(v) for k, v in vars(flags).items()} | machine(torch.device(flags.device))
         out = flags.out
         if out is not None and len(counts) > 1:
             out = out.with_stem(f"{out.stem}_E{flags.num_experts}")
-        title = f"{flags.num_experts} experts, {flags.tokens} tokens, D = {flags.hidden_size}"
+        kind = f"{flags.num_experts} experts" if flags.family == "diffmoe" else flags.family
+        title = f"{kind}, {flags.tokens} tokens, D = {flags.hidden_size}"
         report(title, compare(flags), settings, out)
 
 

@@ -26,10 +26,11 @@ def combine(outputs: Tensor, plan: RoutingPlan, num_tokens: int) -> Tensor:
     Returns:
         (T, D) float32.
     """
-    weighted = outputs.float() * plan.gate.float()[:, None]
     if plan.pair_of_choice is not None:
-        chosen = weighted.index_select(0, plan.pair_of_choice)  # (T * K, D)
-        return chosen.view(num_tokens, -1, outputs.shape[1]).sum(dim=1)
+        chosen = outputs.index_select(0, plan.pair_of_choice).view(num_tokens, -1, outputs.shape[1])
+        gate = plan.gate.index_select(0, plan.pair_of_choice).view(num_tokens, -1, 1)
+        return (chosen.float() * gate.float()).sum(dim=1)  # over (T, K, D)
+    weighted = outputs.float() * plan.gate.float()[:, None]
     total = weighted.new_zeros(num_tokens, outputs.shape[1])
     if weighted.is_cuda and not torch.is_grad_enabled():
         sizes = plan.host_sizes()

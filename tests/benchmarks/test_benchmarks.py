@@ -31,6 +31,17 @@ def test_a_table_of_layers(tmp_path, capsys):
         assert f"{experts} experts, 512 tokens" in printed
 
 
+def test_a_table_of_deepseek_layers_has_a_dense_one_of_the_same_activated_width(tmp_path, capsys):
+    sizes = ["--hidden-size", "48", "--tokens", "512", "--repeats", "1", "--device", "cpu"]
+    out = tmp_path / "layer.json"
+    moe_layer.main([*sizes, "--family", "deepseek", "--out", str(out)])
+    rows = {row["layer"]: row for row in json.loads(out.read_text())["rows"]}
+    for name in ("dense SwiGLU of 288", "dense SwiGLU of 96"):  # 3 x 2 D, 6 x D / 3
+        assert rows[name]["train / dense"] == rows[name]["infer / dense"] == 1
+    assert {"deepseek E16-k2", "deepseek E48-k5", "deepseek E48-k5, loop"} <= rows.keys()
+    assert "deepseek, 512 tokens" in capsys.readouterr().out
+
+
 def test_a_table_of_steps(tmp_path, capsys):
     config = tmp_path / "tiny.yaml"
     config.write_text(

@@ -1,12 +1,15 @@
 """Official YAML files become ours; what is left out is said."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from config.convert import convert
-from config.load import parse_config
+from config.load import load_config, parse_config
+from config.official import official_config
 from core.errors import UserError
 
 PUBLISHED = {
@@ -120,3 +123,116 @@ def test_what_is_left_out_is_reported(sections, wanted):
 def test_other_files_are_refused(old, wanted):
     with pytest.raises(UserError, match=wanted):
         convert(old)
+
+
+ROOT = Path(__file__).parents[2]
+DSMOE = json.loads((ROOT / "tests/golden/published_dsmoe.json").read_text())
+JIT = json.loads((ROOT / "tests/golden/published_jit.json").read_text())
+SHIPPED = {
+    "S_E16_Flow_half_misx2_s1a2_rope2d_l10": "dsmoe_S_E16_flow",
+    "S_E48_Flow_half_misx0.3_s1a5_rope2d_l12": "dsmoe_S_E48_flow",
+    "B_E16_Flow_half_misx2_s1a2_rope2d_l10": "dsmoe_B_E16_flow",
+    "B_E48_Flow_half_misx0.3_s1a5_rope2d_l12": "dsmoe_B_E48_flow",
+    "L_E16_Flow_half_misx2_s1a2_rope2d_l20": "dsmoe_L_E16_flow",
+    "L_E48_Flow_half_misx0.4_s1a5_rope2d_l24": "dsmoe_L_E48_flow",
+    "3B_E16_Flow_half_misx2.5_s1a2_rope2d_l30": "dsmoe_3B_E16_flow",
+}
+"""Published files of DSMoE, and ours of the same run."""
+
+
+def as_imported(model):
+    """With the arithmetic of published checkpoints."""
+    layer = dataclasses.replace(model.feed_forward, zero_masked_groups=True)
+    return dataclasses.replace(model, feed_forward=layer)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_our_dsmoe_configs_are_the_published_ones(name, tmp_path):
+    new, reports = convert(DSMOE[f"DSMoE/000_DSMoE_{name}.yaml"])
+    path = tmp_path / "new.yaml"
+    path.write_text(yaml.safe_dump(new))
+    found, ours = load_config(path), load_config(ROOT / f"config/{SHIPPED[name]}.yaml")
+    assert found.model == as_imported(ours.model)
+    assert (found.objective, found.optim) == (ours.objective, ours.optim)
+    assert (found.seed, found.train.global_batch_size) == (1234, ours.train.global_batch_size)
+    assert [line.split(":")[0] for line in reports] == ["basic.data_path", "basic.epochs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("B_E16_Flow", "MoE_config.use_shared_expert: missing; the official code fails without"),
+        ("L_E16_Flow", "MoE_config.use_shared_expert: missing; the official code fails without"),
+        ("B_E16_Flow_half_misx2_s1a2_rope2d_l10_kda", "use_kda: True has no counterpart; allowed"),
+    ],
+)
+def test_published_files_that_say_too_little_or_too_much_are_refused(name, wanted):
+    with pytest.raises(UserError, match=wanted):
+        convert(DSMOE[f"DSMoE/000_DSMoE_{name}.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"use_sinks": True}, "use_sinks: True has no counterpart"),
+        ({"sliding_window": 3}, "sliding_window: 3 has no counterpart"),
+        ({"rope": "2d"}, "official constructor: unknown 'rope'"),
+    ],
+)
+def test_attention_that_we_do_not_have_is_refused(change, wanted):
+    name = "DSMoE/000_DSMoE_S_E16_Flow_half_misx2_s1a2_rope2d_l10.yaml"
+    params = DSMOE[name]["model"]["params"]
+    with pytest.raises(UserError, match=wanted):
+        official_config("dsmoe", params | change)
+
+
+def test_skipped_blocks_of_dsmoe():
+    name = "DSMoE/000_DSMoE_S_E16_Flow_half_misx2_s1a2_rope2d_l10.yaml"
+    params = DSMOE[name]["model"]["params"]
+    for given, wanted in ((False, 0), (True, 2), (3, 3)):
+        moe = params["MoE_config"] | {"skip_first2": given}
+        assert official_config("dsmoe", params | {"MoE_config": moe}).leading_dense == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("JiT-B/16", "jit_B16"),
+        ("JiT-L/16", "jit_L16"),
+        ("JiT-H/16", "jit_H16"),
+        ("JiT-B/16-E16", "jitmoe_B16_E16"),
+        ("JiT-L/16-E16", "jitmoe_L16_E16"),
+        ("JiT-H/16-E16", "jitmoe_H16_E16"),
+    ],
+)
+def test_our_jit_configs_are_the_published_ones(name, ours):
+    ctor = JIT["architectures"][name] | {"input_size": 256, "num_classes": 1000}
+    wanted = load_config(ROOT / f"config/{ours}.yaml")
+    if "moe_config" in ctor:
+        wanted.model = as_imported(wanted.model)
+    else:  # the dropout of JiT-H is an argument of the training script, not of the architecture
+        ctor["proj_drop"] = wanted.model.dropout
+    found = dataclasses.replace(official_config("jit", ctor), moe_every=wanted.model.moe_every)
+    assert found == wanted.model
+    if "moe_config" in ctor:
+        assert official_config("jit", ctor).moe_every == 2
+    flow, training = wanted.objective, JIT["training"]
+    assert (flow.time_mean, flow.time_std) == (training["P_mean"], training["P_std"])
+    assert (flow.noise_scale, flow.t_eps) == (training["noise_scale"], training["t_eps"])
+    optim = wanted.optim
+    assert (optim.base_lr, list(optim.betas)) == (training["base_lr"], training["betas"])
+    assert [optim.ema_decay, *optim.extra_ema_decays] == training["ema_decays"]
+    assert wanted.train.global_batch_size == training["global_batch_size"]
+    assert optim.lr == training["base_lr"] * 4
+    sampling = JIT["sampling"]
+    assert (wanted.sampling.num_steps, wanted.sampling.cfg_scale) == (
+        sampling["steps"],
+        sampling["cfg_scale"],
+    )
+    assert list(wanted.sampling.cfg_interval) == sampling["interval"]
+
+
+def test_experts_of_jit_without_interleaving_are_none():
+    arch = JIT["architectures"]["JiT-B/16-E16"]
+    moe = arch["moe_config"] | {"interleave": False}
+    assert official_config("jit", arch | {"moe_config": moe}).feed_forward.name == "dense"

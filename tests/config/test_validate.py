@@ -6,6 +6,8 @@ from config.load import parse_config
 from config.validate import accumulation_steps
 from core.errors import ConfigError
 
+DEEPSEEK = ["--model.feed_forward.name", "deepseek"]
+
 
 def parse(*argv, world_size=1):
     return parse_config(list(argv), "train.py", world_size)
@@ -75,6 +77,61 @@ def parse(*argv, world_size=1):
             ["--model.expert_backend", "grouped_mm", "--model.hidden_size", "12"],
             r"expert_backend: grouped_mm wants widths in multiples of 8; .* are 12 and 48",
         ),
+        (["--model.num_kv_heads", "4"], r"num_kv_heads: 4 does not divide model\.num_heads 6"),
+        (
+            ["--model.rope", "2d", "--model.head_dim", "6"],
+            r"model\.rope: 2d needs heads of a width divisible by 4, not 6",
+        ),
+        (
+            ["--model.rope", "1d", "--model.head_dim", "7"],
+            r"model\.rope: 1d needs heads of a width divisible by 2, not 7",
+        ),
+        (["--model.context_start", "12"], r"context_start: 12 is not a block; model\.depth is 12"),
+        (
+            ["--model.leading_dense", "12"],
+            r"leading_dense: 12 leaves no block to the diffmoe",
+        ),
+        (["--model.dropout", "1"], r"model\.dropout: 1\.0 is not in \[0, 1\)"),
+        (["--model.intermediate_size", "0"], r"model\.intermediate_size: 0 is too small"),
+        (["--model.bottleneck_size", "0"], r"model\.bottleneck_size: 0 is too small"),
+        (
+            ["--model.feed_forward.intermediate_size", "0"],
+            r"model\.feed_forward\.intermediate_size: 0 is too small",
+        ),
+        ([*DEEPSEEK, "--model.feed_forward.top_k", "17"], r"top_k: 17 is not in 1 \.\.\. num_exp"),
+        ([*DEEPSEEK, "--model.feed_forward.num_groups", "3"], r"num_groups: 3 does not divide"),
+        (
+            [*DEEPSEEK, "--model.feed_forward.top_k_groups", "2"],
+            r"top_k_groups: 2 is not in 1 \.\.\. num_groups \(1\)",
+        ),
+        (
+            [*DEEPSEEK, "--model.feed_forward.num_groups", "8", "--model.feed_forward.top_k", "3"],
+            r"top_k: 3 is more than the 2 experts of 1 group\(s\)",
+        ),
+        (
+            [*DEEPSEEK, "--model.feed_forward.routed_scaling_factor", "0"],
+            r"routed_scaling_factor: 0\.0 must be above 0",
+        ),
+        ([*DEEPSEEK, "--model.feed_forward.bias_update_rate", "-1"], r"_rate: -1\.0 is negative"),
+        (
+            [
+                "--model.feed_forward.shared_mlp=identity",
+                "--model.feed_forward.shared_intermediate_size=8",
+            ],
+            r"shared_intermediate_size: 8 does not fit shared_mlp 'identity'",
+        ),
+        (["--objective.t_eps", "0"], r"objective\.t_eps: 0\.0 is not in \(0, 1\)"),
+        (["--objective.time_std", "0"], r"objective\.time_std: 0\.0 must be above 0"),
+        (["--objective.noise_scale", "0"], r"objective\.noise_scale: 0\.0 must be above 0"),
+        (
+            ["--objective.noise_scale", "2", "--objective.prediction", "noise"],
+            r"noise_scale: 2\.0 fits a predicted velocity or x and ODE samplers only, not noise",
+        ),
+        (
+            ["--optim.lr", "1e-4", "--optim.base_lr", "1e-4", "--train.global_batch_size", "512"],
+            r"optim\.lr: 0\.0001 is not optim\.base_lr 0\.0001 x .* 512 / 256 = 0\.0002; give one",
+        ),
+        (["--data.vae_path", "null"], r"data\.vae_path: null is for pixels"),
         (["--sampling.sampler", "ddim"], r"'ddim' does not belong to objective\.name flow; known"),
         (
             ["--objective.name", "ddpm", "--sampling.num_steps", "1001"],
@@ -99,3 +156,10 @@ def test_global_batch_over_processes_and_accumulation():
 def test_as_many_experts_as_tokens_are_allowed():
     layer = parse("--model.feed_forward.num_experts", "16384").model.feed_forward
     assert layer.num_experts == 16384
+
+
+def test_the_learning_rate_follows_the_batch_where_it_is_given_for_256_images():
+    assert parse().optim.lr == 1e-4
+    config = parse("--optim.base_lr", "5e-5", "--train.global_batch_size", "1024")
+    assert config.optim.lr == 2e-4
+    assert parse("--optim.base_lr", "5e-5", "--optim.lr", "5e-5").optim.lr == 5e-5

@@ -1,6 +1,7 @@
 """Official checkpoint files in and out, and what is refused in them."""
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from config.load import to_plain
 from core.errors import UserError
+from models.build import build_model
 from models.convert import export_official, import_official, read_official
-from models.official import from_official, to_official
+from models.official import from_official, load_official, to_official
 from models.pretrained import load_pretrained
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -31,8 +34,6 @@ def official():
 
 @pytest.fixture
 def config_path(official, tmp_path):
-    import dataclasses
-
     state, ctor = official
     model = dataclasses.asdict(from_official("diffmoe", ctor, state).config)
     path = tmp_path / "model.yaml"
@@ -130,3 +131,65 @@ def test_other_constructors_are_refused(family, change, wanted, official):
     state, ctor = official
     with pytest.raises(UserError, match=wanted):
         from_official(family, ctor | change, state)
+
+
+@pytest.fixture(scope="module")
+def jit():
+    """State and config of a recorded JiTMoE, with the second average of its published runs."""
+    from models_cases import ModelCase
+
+    case = ModelCase(*load_case(GOLDEN / "jitmoe.safetensors"))
+    return case.state, case.model(training=False).config
+
+
+@pytest.fixture
+def jit_config(jit, tmp_path):
+    path = tmp_path / "jit.yaml"
+    path.write_text(
+        yaml.safe_dump(
+            {
+                "model": to_plain(dataclasses.asdict(jit[1])),
+                "data": {"source": "images", "data_path": "x", "vae_path": None},
+                "optim": {"extra_ema_decays": [0.9996]},
+            }
+        )
+    )
+    return path
+
+
+def test_a_denoisers_checkpoint_with_two_averages_in_and_out(jit, jit_config, tmp_path):
+    state, _ = jit
+    shift = {"model": 0, "model_ema1": 1, "model_ema2": 2}
+    fixed = {"pos_embed"}
+
+    def shifted(by):
+        return {f"net.{k}": v if k in fixed else v + by for k, v in state.items()}
+
+    file, folder = tmp_path / "official.pth", tmp_path / "ours"
+    torch.save({n: shifted(by) for n, by in shift.items()} | {"epoch": 3}, file)
+    import_official(file, jit_config, folder)
+    names = {"model": "model", "ema": "model_ema1", "ema_0.9996": "model_ema2"}
+    for ours, theirs in names.items():
+        found = to_official(load_pretrained(folder, ours).model)
+        wanted = shifted(shift[theirs])
+        assert found.keys() == state.keys()
+        assert all(torch.equal(found[name], wanted[f"net.{name}"]) for name in found)
+    export_official(folder, tmp_path / "back.pt")
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert back.keys() == shift.keys()
+    for name, by in shift.items():
+        assert all(torch.equal(back[name][key], value) for key, value in shifted(by).items())
+
+
+def test_a_safetensors_file_is_read(jit, jit_config, tmp_path):
+    save_file(jit[0], tmp_path / "weights.safetensors")
+    import_official(tmp_path / "weights.safetensors", jit_config, tmp_path / "ours")
+    found = to_official(load_pretrained(tmp_path / "ours").model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in jit[0].items())
+
+
+def test_weights_of_another_width_are_refused_by_name(jit):
+    state, config = jit
+    wrong = state | {"blocks.0.attn.qkv.weight": torch.zeros(90, 32)}
+    with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv\.weight does not fit"):
+        load_official(build_model(config), config, wrong)

@@ -60,6 +60,25 @@ def test_no_guidance_is_one_call():
     assert model.calls == [[1, 2]]
 
 
+@pytest.mark.parametrize(
+    ("interval", "guided"),
+    [
+        ((0.1, 1.0), [False, False, True, True, False]),  # the step at 0.1 is not above 0.1
+        ((0.0, 1.0), [True, True, True, True, False]),  # a low of 0 is no bound
+        ((0.2, 0.6), [False, False, False, True, False]),
+    ],
+)
+def test_guidance_within_an_interval(interval, guided):
+    times = torch.linspace(0, 1, 51)[[0, 5, 6, 25, 50]]
+    settings = SamplingConfig(cfg_scale=2.0, cfg_interval=interval)
+    found = []
+    for t in times:
+        model = Conditioned()
+        Guided(model, null, settings)(torch.zeros(2, 1, 1, 1), t.expand(2), torch.tensor([1, 2]))
+        found.append(len(model.calls) == 2)
+    assert found == guided
+
+
 def test_capacity_is_the_mean_over_layers_and_calls():
     """Eq. 9 and 15 with E = 2, S = 4: pairs per token."""
     meter = CapacityMeter(Conditioned(), 2)

@@ -177,3 +177,58 @@ def test_an_unknown_sampler_is_refused():
     settings = SamplingConfig(sampler="ddim")
     with pytest.raises(UserError, match=r"unknown 'ddim'; known: adaptive_heun, bosh3"):
         Flow().sample(Linear(), torch.zeros(1, 1, 1, 1), torch.zeros(1), settings, None)
+
+
+# JiT
+
+
+def test_logit_normal_times():
+    flow = Flow(FlowConfig(time_distribution="logit_normal", time_mean=-0.8, time_std=0.8))
+    times = flow.time_of((torch.arange(20000, dtype=torch.float64) + 0.5) / 20000)
+    logits = torch.log(times / (1 - times))
+    assert abs(logits.mean() + 0.8) < 1e-3
+    assert abs(logits.std() - 0.8) < 1e-3
+    assert (times.diff() > 0).all()
+    ends = flow.time_of(torch.tensor([0.0, 1 - 2**-24]))
+    assert ends[0] == 0
+    assert 0.9 < ends[1] <= 1
+
+
+def test_v_loss_of_a_predicted_x_is_the_error_of_the_clamped_velocity():
+    x, noise = draws()
+    times = torch.tensor([0.0, 0.5, 0.9, 0.96, 0.99, 1.0, 0.2], dtype=torch.float64)
+    flow = Flow(FlowConfig(prediction="x", loss_weighting="velocity", t_eps=0.05, noise_scale=2.0))
+    said = torch.randn_like(x)
+
+    def model(z, t, cond):
+        expected = times.view(-1, 1, 1, 1) * x + (1 - times.view(-1, 1, 1, 1)) * 2 * noise
+        torch.testing.assert_close(z, expected)
+        return ModelOutput(said)
+
+    found = flow.losses_at(model, x, None, times, noise).per_sample
+    rest = (1 - times).clamp(min=0.05).view(-1, 1, 1, 1)
+    # v - v' = (x - x') / max(1 - t, t_eps), whatever z is.
+    wanted = ((x - said) / rest).square().flatten(1).mean(dim=1)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_noise_of_another_scale_starts_the_sampling():
+    seen = []
+
+    def model(z, t, cond):
+        seen.append((z.clone(), t[0].item()))
+        return ModelOutput(torch.zeros_like(z))
+
+    z = torch.randn(2, 1, 2, 2)
+    flow = Flow(FlowConfig(prediction="x", noise_scale=3.0))
+    found = flow.sample(model, z, None, SamplingConfig(sampler="heun_euler", num_steps=2), None)
+    assert torch.equal(seen[0][0], 3 * z)
+    assert [t for _, t in seen] == [0.0, 0.5, 0.5]  # Heun to 1/2, then one step of Euler
+    # x = 0 is said everywhere: half the way, then all of the rest.
+    torch.testing.assert_close(found, torch.zeros_like(z), atol=1e-6, rtol=0)
+
+
+def test_noise_of_another_scale_has_no_likelihood():
+    flow = Flow(FlowConfig(noise_scale=2.0))
+    with pytest.raises(UserError, match=r"noise_scale: 2\.0 has no likelihood"):
+        flow.log_likelihood(None, None, None, SamplingConfig(), None)

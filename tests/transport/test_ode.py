@@ -1,5 +1,6 @@
 """ODE solvers on fields with known solutions, and the likelihood of a normal distribution."""
 
+import itertools
 import math
 
 import pytest
@@ -116,3 +117,18 @@ def test_the_divergence_comes_from_the_probe():
     change = log_p - ode.normal_log_density(x)
     torch.testing.assert_close(change, -torch.einsum("bi,ij,bj->b", probe, A, probe))
     torch.testing.assert_close(change.mean(), -A.trace())
+
+
+def test_heun_with_a_last_step_of_euler():
+    times = grid(4)
+    state = START
+    for t, after in itertools.pairwise(times):
+        h = after - t
+        slope = Decay()(state, t)
+        second = Decay()(state + h * slope, after)
+        state = state + h * (slope if after == 1 else (slope + second) / 2)
+    torch.testing.assert_close(ode.solve(Decay(), START, times, "heun_euler"), state)
+    one = ode.solve(Decay(), START, grid(1), "heun_euler")
+    torch.testing.assert_close(one, ode.solve(Decay(), START, grid(1), "euler"))
+    with pytest.raises(ValueError, match="heun_euler gives the last state only"):
+        ode.solve(Decay(), START, times, "heun_euler", trajectory=True)
