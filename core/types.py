@@ -67,6 +67,7 @@ class RoutingRecord:
     Attributes:
         counts: (B, E) int64, pairs of each sample and expert; no gradient.
         num_tokens: tokens of one sample, S.
+        num_context: the first so many of them are not of the image, but of its class.
         losses: auxiliary losses by name, scalars already multiplied by their weight.
         quantiles: (E,) k-th largest capacity prediction of each expert (Eq. 17), detached;
             None where the layer keeps no thresholds or is not training.
@@ -83,6 +84,7 @@ class RoutingRecord:
     capacity_logits: Tensor | None = None
     capacity_targets: Tensor | None = None
     plan: RoutingPlan | None = None
+    num_context: int = 0
 
     def token_mask(self, num_tokens: int) -> Tensor:
         """(T, E) 1 where the expert takes the token, of all T = B * S tokens."""

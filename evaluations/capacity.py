@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from config.load import build_config
+from config.schema import DeepSeekConfig
 from core.errors import UserError, command
 from core.files import complete_file
 from core.logging import get_logger
@@ -57,28 +58,27 @@ def read_run(path: Path) -> CapacityRun:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; sample with --capacity") from error
     labels = arrays.pop("labels")
-    arrays["tokens"] = int(arrays["tokens"])
     return CapacityRun(path, record, RoutingTable(**arrays), labels)
 
 
 def over_classes(table: RoutingTable) -> np.ndarray:
     """(T, 2, L, E) share of the tokens that each expert computed; NaN where a half was not run."""
-    tokens = table.samples.sum(axis=-1)[:, :, None, None] * table.tokens
+    tokens = table.samples.sum(axis=-1)[:, :, None, None] * table.tokens[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
         return table.pairs.sum(axis=-1) / np.where(tokens > 0, tokens, np.nan)
 
 
 def average(table: RoutingTable) -> float:
     """C_infer over layers and model evaluations (Eq. 15), every sample counting the same."""
-    tokens = table.samples.sum() * table.tokens * table.pairs.shape[2]
-    return float(table.pairs.sum() / tokens)
+    layers = table.pairs.sum(axis=(0, 1, 3, 4)) / (table.samples.sum() * table.tokens)
+    return float(layers.mean())
 
 
 def by_class(table: RoutingTable, half: int = 0) -> np.ndarray:
     """(K,) C_infer of each class, NaN for classes without a sample."""
-    tokens = table.samples[:, half].sum(axis=0) * table.tokens * table.pairs.shape[2]
-    pairs = table.pairs[:, half].sum(axis=(0, 1, 2))
-    return pairs / np.where(tokens > 0, tokens, np.nan)
+    tokens = table.samples[:, half].sum(axis=0) * table.tokens[:, None]  # (L, K)
+    pairs = table.pairs[:, half].sum(axis=(0, 2))
+    return (pairs / np.where(tokens > 0, tokens, np.nan)).mean(axis=0)
 
 
 def numbers(run: CapacityRun) -> dict[str, float]:
@@ -88,10 +88,11 @@ def numbers(run: CapacityRun) -> dict[str, float]:
     for half, name in enumerate(SIDES):
         if run.table.samples[:, half].any():
             found[f"C_infer, {name}"] = float(np.nanmean(shares[:, half].sum(axis=-1)))
-    summary = summarize(build_config(run.record["config"]).model)
-    capacity = found["C_infer (Eq. 15)"]
+    model = build_config(run.record["config"]).model
+    summary, capacity = summarize(model), found["C_infer (Eq. 15)"]
     found["activated parameters, counted"] = summary.activated(capacity)
-    found["activated parameters, Eq. 40"] = summary.activated_by_equation(capacity)
+    if not isinstance(model.feed_forward, DeepSeekConfig):  # of experts as wide as dense layers
+        found["activated parameters, Eq. 40"] = summary.activated_by_equation(capacity)
     return found
 
 

@@ -113,9 +113,10 @@ class DiT(nn.Module):
         for number, block in enumerate(self.blocks):
             if K and number == self.config.context_start:
                 h = self.class_tokens(h, label)  # (B, K + S, D)
-            joined = K and number >= self.config.context_start
+            joined = number >= self.config.context_start
             h, record = self._run(block, h, c, self._rotation(0 if joined else K))
             if record is not None:
+                record.num_context = K if joined else 0
                 records.append(record)
         patches = self.final(h[:, K:], c)
         return ModelOutput(self._unpatchify(patches, x.shape[-2:]), records)

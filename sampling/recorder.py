@@ -1,7 +1,7 @@
 """Where the computation goes while a model samples, recorded by a wrapper around it.
 
-Shapes: B samples, S tokens of one sample, T evaluations of the model, L MoE layers, E experts,
-K classes. A half is the conditional (0) or the unconditional side (1) of guidance.
+Shapes: B samples, S tokens of one sample's image, T evaluations of the model, L MoE layers,
+E experts, K classes. A half is the conditional (0) or the unconditional side (1) of guidance.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class RoutingRecorder:
         self.times: list[float] = []
         self.counts: list[list[Tensor | None]] = []
         self.maps: list[Tensor] = []
-        self.num_tokens = 0
+        self.tokens: list[int] = []
         self.conditional = False
         """Whether the last call was a conditional half alone."""
 
@@ -42,7 +42,7 @@ class RoutingRecorder:
         if not output.routing:
             return output
         counts = torch.stack([record.counts for record in output.routing])  # (L, B or 2B, E)
-        self.num_tokens = output.routing[0].num_tokens
+        self.tokens = [record.num_tokens for record in output.routing]
         free = bool((cond == self.null_condition(cond)).all())
         if free and self.conditional:  # the other half of the call before
             self.counts[-1][1] = counts
@@ -57,19 +57,24 @@ class RoutingRecorder:
         return output
 
     def _map(self, routing: list[RoutingRecord], samples: int) -> Tensor:
-        """(min(B, MAPS), S) mean pairs of each token over the layers."""
-        shown, tokens = min(self.batch_size, MAPS), self.num_tokens
-        masks = [r.token_mask(samples * tokens).sum(dim=1) for r in routing if r.plan is not None]
-        if not masks:
-            return torch.zeros(shown, tokens)
-        return torch.stack(masks).float().mean(dim=0).view(samples, tokens)[:shown].cpu()
+        """(min(B, MAPS), S) mean pairs of each of the image's tokens over the layers."""
+        shown = min(self.batch_size, MAPS)
+        maps = []
+        for record in routing:
+            if record.plan is not None:
+                pairs = record.token_mask(samples * record.num_tokens).sum(dim=1)
+                maps.append(pairs.view(samples, -1)[:shown, record.num_context :])
+        if not maps:
+            return torch.zeros(shown, routing[0].num_tokens - routing[0].num_context)
+        return torch.stack(maps).float().mean(dim=0).cpu()
 
     def arrays(self, kept: int) -> dict[str, np.ndarray]:
         """Of the first `kept` samples.
 
         Returns:
             `counts` (T, 2, L, kept, E) int32, -1 where a half was not computed; `times` (T,);
-            `tokens` S; `maps` (T, min(B, MAPS), S) float16. Empty for a model without MoE layers.
+            `tokens` (L,) of a sample in each layer; `maps` (T, min(B, MAPS), S) float16. Empty for
+            a model without MoE layers.
         """
         if not self.counts:
             return {}
@@ -81,7 +86,7 @@ class RoutingRecorder:
         return {
             "counts": counts.numpy(),
             "times": np.array(self.times),
-            "tokens": np.array(self.num_tokens),
+            "tokens": np.array(self.tokens),
             "maps": torch.stack(self.maps)[:, :kept].half().numpy(),
         }
 
@@ -94,14 +99,14 @@ class RoutingTable:
         times: (T,) of the evaluations, in their order.
         pairs: (T, 2, L, E, K) int64.
         samples: (T, 2, K) int64, samples of each class that were computed.
-        tokens: S.
+        tokens: (L,) of a sample in each layer, those of the class included.
         maps: (T, M, S) mean pairs of each token over the layers, of the first samples of the set.
     """
 
     times: np.ndarray
     pairs: np.ndarray
     samples: np.ndarray
-    tokens: int
+    tokens: np.ndarray
     maps: np.ndarray
 
     @classmethod
@@ -112,7 +117,7 @@ class RoutingTable:
             block["times"],
             np.zeros((evaluations, halves, layers, experts, num_classes), np.int64),
             np.zeros((evaluations, halves, num_classes), np.int64),
-            int(block["tokens"]),
+            block["tokens"],
             block["maps"],
         )
 
@@ -136,6 +141,6 @@ class RoutingTable:
 
         Its sum over the experts is Eq. 8's C_infer of the layer.
         """
-        tokens = self.samples[:, :, None, None] * self.tokens
+        tokens = self.samples[:, :, None, None] * self.tokens[:, None, None]
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.pairs / np.where(tokens > 0, tokens, np.nan)

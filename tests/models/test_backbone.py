@@ -211,6 +211,7 @@ def test_class_tokens_join_before_their_block_and_leave_before_the_output():
     model = random_model(**options, feed_forward=DiffMoEConfig(num_experts=4))
     output = run(model)
     assert [record.num_tokens for record in output.routing] == [16, 16, 19, 19]
+    assert [record.num_context for record in output.routing] == [0, 0, 3, 3]
     assert output.prediction.shape == (2, 3, 8, 8)
 
 

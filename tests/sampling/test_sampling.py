@@ -231,7 +231,7 @@ def test_recorded_pairs_add_up_to_the_measured_capacity(sampler, tmp_path):
     assert (T, halves, L, E, K) == (3, 2, 1, 4, 3)  # every second block is MoE
     assert table.samples[0].sum(axis=-1).tolist() == [10, 10]
     assert table.samples[0, 0].tolist() == np.bincount(result.labels, minlength=3).tolist()
-    total = table.pairs.sum() / (T * halves * L * 10 * table.tokens)
+    total = table.pairs.sum() / (T * halves * 10 * table.tokens.sum())
     assert total == pytest.approx(result.capacity, rel=1e-6)
     np.testing.assert_allclose(table.times, [0, 1 / 3, 2 / 3], rtol=1e-6)
     assert table.maps.shape == (3, 4, 16)

@@ -13,6 +13,7 @@ from core.errors import ConfigError, UserError
 from data.dataset import ImageDataset
 from data.images import load_image, to_float
 from data.sources import training_data
+from evaluations.capacity import numbers, read_run
 from evaluations.sampled import parse_flags, sample_and_score
 from models.pretrained import find_checkpoint, load_pretrained, read_tensors, weights_path
 from training.trainer import train
@@ -33,7 +34,7 @@ base: {root}/config/quickstart_jitmoe.yaml
 data: {{data_path: {image_root}, image_size: 16, val_data_path: {image_root}}}
 model:
   {{input_size: 16, patch_size: 4, hidden_size: 16, depth: 4, num_heads: 2, num_classes: 3,
-    bottleneck_size: 6, dropout: 0.2, intermediate_size: 24,
+    bottleneck_size: 6, context_start: 2, dropout: 0.2, intermediate_size: 24,
     feed_forward: {{num_experts: 4, intermediate_size: 12, shared_intermediate_size: 12,
       bias_update_rate: 0.01}}}}
 optim: {{warmup_steps: 2, ema_warmup: false}}
@@ -118,6 +119,13 @@ def test_samples_are_pixels_and_can_be_scored(pixel_run, tmp_path, scoring):
     assert record["sampler"] == "heun_euler"
     assert record["nfe"] == 9  # Heun, Heun, Euler: five evaluations, all but that at 0 guided
     assert "FID" in record["scores"]
+    with np.load(next(tmp_path.glob("*.capacity.npz"))) as file:
+        assert file["tokens"].tolist() == [16, 20]  # the class joins after the first MoE layer
+        assert file["maps"].shape == (5, 2, 16)
+        assert (file["maps"] == 2).all()
+    found = numbers(read_run(next(tmp_path.glob("*n5.json"))))
+    assert found["C_infer (Eq. 15)"] == pytest.approx(2)
+    assert record["capacity_infer"] == pytest.approx(2)
     with np.load(next(tmp_path.glob("*n5.npz"))) as file:
         assert file["arr_0"].shape == (5, 16, 16, 3)
 
