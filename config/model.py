@@ -133,6 +133,9 @@ class DiffMoEConfig(ExpertChoiceConfig):
     inference: Literal["topk", "dynamic", "fixed"] = "dynamic"
 
 
+TopKConfig = TokenChoiceConfig | DeepSeekConfig
+"""Layers in which every token takes as many experts."""
+
 FeedForwardConfig = (
     DenseConfig | TokenChoiceConfig | ExpertChoiceConfig | DiffMoEConfig | DeepSeekConfig
 )

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from config.load import build_config
-from config.schema import DeepSeekConfig
+from config.model import DeepSeekConfig, TopKConfig
 from core.errors import UserError, command
 from core.files import complete_file
 from core.logging import get_logger
@@ -97,23 +98,33 @@ def numbers(run: CapacityRun) -> dict[str, float]:
 
 
 def draw(run: CapacityRun, out: Path) -> list[Path]:
-    """All figures of a set, as PNGs in `out`."""
+    """The figures of a set, as PNGs in `out`.
+
+    Where every token takes as many experts, only which ones they are tells something.
+    """
     shares = over_classes(run.table)
-    layers = shares.sum(axis=-1)  # (T, 2, L)
-    names = run.record.get("class_names") or [str(i) for i in range(run.table.pairs.shape[-1])]
-    figures = {
-        "steps": step_figure(layers, SIDES),
-        "experts": expert_figure(shares[:, 0]),
-        "maps": map_figure(run.table.times, run.table.maps, _images(run, len(run.table.maps[0]))),
-    }
-    classes = by_class(run.table)
-    if np.isfinite(classes).sum() > 1:
-        figures["classes"] = class_figure(classes, names, run.labels, _images(run, None))
+    figures = {"experts": expert_figure(shares[:, 0])}
+    if not isinstance(build_config(run.record["config"]).model.feed_forward, TopKConfig):
+        figures |= _capacity_figures(run, shares)
     paths = []
     for name, figure in figures.items():
         paths.append(out / f"{run.path.stem}.{name}.png")
         save_figure(figure, paths[-1])
     return paths
+
+
+def _capacity_figures(run: CapacityRun, shares: np.ndarray) -> dict[str, Figure]:
+    """Capacity over steps, tokens and classes; `shares` are those of `over_classes`."""
+    layers = shares.sum(axis=-1)  # (T, 2, L)
+    names = run.record.get("class_names") or [str(i) for i in range(run.table.pairs.shape[-1])]
+    figures = {
+        "steps": step_figure(layers, SIDES),
+        "maps": map_figure(run.table.times, run.table.maps, _images(run, len(run.table.maps[0]))),
+    }
+    classes = by_class(run.table)
+    if np.isfinite(classes).sum() > 1:
+        figures["classes"] = class_figure(classes, names, run.labels, _images(run, None))
+    return figures
 
 
 def _images(run: CapacityRun, count: int | None) -> np.ndarray | None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from config.load import parse_config
-from config.model import FeedForwardConfig
-from config.schema import DeepSeekConfig, DenseConfig, ModelConfig, TokenChoiceConfig
+from config.model import FeedForwardConfig, TopKConfig
+from config.schema import DeepSeekConfig, DenseConfig, ModelConfig
 from core.errors import command
 from models.build import build_model
 from models.official import to_official
@@ -85,8 +85,7 @@ def summarize(config: ModelConfig) -> Summary:
 
 
 def _capacity(layer: object) -> float:
-    chosen = isinstance(layer, TokenChoiceConfig | DeepSeekConfig)
-    return float(layer.top_k if chosen else layer.capacity)
+    return float(layer.top_k if isinstance(layer, TopKConfig) else layer.capacity)
 
 
 def _count(tensors: dict[str, Tensor]) -> int:

@@ -73,7 +73,7 @@ for scale in 1 2; do
         $launch sample_ddp.py --ckpt "$train" --image-size 32 --num-fid-samples 500 \
         --per-proc-batch-size 125 --cfg-scale $scale --sample-dir "$run/samples" \
         --metrics $shared/reference.npz $features --capacity
-    stage "$set.steps.png" "Where the computation goes at guidance $scale" \
+    stage "$set.experts.png" "Where the computation goes at guidance $scale" \
         python -m evaluations.capacity $set.json
 done
 stage $shared/heldout.json "Score the held-out digits for comparison" \

@@ -41,7 +41,7 @@ def main(shared: Path, run: Path) -> None:
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("\n" + "\n".join(f"{n:<{width}}  {v:>8}" for n, v in rows) + "\n")
     grids = ", ".join(str(path.with_suffix(".png")) for path in records)
-    grids += f"; where the computation goes: {run / 'samples'}/*.steps.png and its like"
+    grids += f"; where the computation goes: {run / 'samples'}/*.experts.png and its like"
     sys.stdout.write(f"\nPictures: {grids}\nTensorBoard: tensorboard --logdir {run / 'train'}\n")
 
 

@@ -9,13 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from config.model import (
-    DeepSeekConfig,
-    ExpertChoiceConfig,
-    ModelConfig,
-    MoEConfig,
-    TokenChoiceConfig,
-)
+from config.model import ExpertChoiceConfig, ModelConfig, MoEConfig, TopKConfig
 from models.build import build_model
 
 
@@ -26,7 +20,7 @@ def training_flops(config: ModelConfig, batch: int = 8) -> float:
     and a capacity schedule are not counted.
     """
     layer = config.feed_forward
-    if isinstance(layer, TokenChoiceConfig | DeepSeekConfig):
+    if isinstance(layer, TopKConfig):
         # As many pairs, but without data-dependent shapes.
         common = {f.name: getattr(layer, f.name) for f in dataclasses.fields(MoEConfig)}
         common["name"] = "expert_choice"

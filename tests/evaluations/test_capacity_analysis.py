@@ -154,6 +154,16 @@ def test_the_command_prints_numbers_and_draws(a_set, monkeypatch, capsys):
         assert picture.std() > 5
 
 
+@pytest.mark.parametrize("layer", ["token_choice", "deepseek"])
+def test_where_every_token_takes_as_many_experts_only_these_are_drawn(a_set, layer):
+    path, _ = a_set
+    record = json.loads(path.read_text())
+    flags = ["--model.feed_forward.name", layer, "--model.hidden_size", "48"]
+    config = parse_config(flags, "train.py")
+    path.write_text(json.dumps(record | {"config": to_plain(dataclasses.asdict(config))}))
+    assert [p.name for p in capacity.draw(read_run(path), path.parent)] == ["set.experts.png"]
+
+
 def test_the_class_figure_shows_hardest_first_with_their_images(a_set):
     run = read_run(a_set[0])
     images = np.load(run.beside(".npz"))["arr_0"]
