@@ -14,6 +14,7 @@ from config.schema import (
     ModelConfig,
     TokenChoiceConfig,
 )
+from config.validate_model import check_model
 from core.errors import UserError, unknown_name
 
 DIT = {
@@ -95,6 +96,10 @@ DSMOE_KEYS = DEEPSEEK_KEYS | {
 JIT_KEYS = DEEPSEEK_KEYS | {"proj_drop": True}
 
 
+ANY = 1 << 30
+"""A micro-batch that sets no limit to experts: a constructor does not know it."""
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of official models.
@@ -137,7 +142,9 @@ def official_config(family: str, ctor: Mapping[str, Any]) -> ModelConfig:
             f"{section}.{missing[0]}: missing; the official code fails without it, and what it "
             "would mean is not known"
         )
-    return known.build(values, moe)
+    model = known.build(values, moe)
+    check_model(model, micro_batch_size=ANY)
+    return model
 
 
 def _dit_model(feed_forward: Callable[[dict, dict], FeedForwardConfig]) -> Callable:
@@ -225,11 +232,11 @@ def _dsmoe_model(values: dict, moe: dict) -> ModelConfig:
         _only(key, values[key], off)
     _only("MoE_config.skip_last2", moe.get("skip_last2"), False)
     first = moe["skip_first2"]
-    rope = values["rope_type"]
+    rope = _one_of("rope_type", values["rope_type"], ("none", "1d", "2d"))
     return dataclasses.replace(
         _backbone(values, moe),
         mlp="silu",
-        norm=values["norm_type"],
+        norm=_one_of("norm_type", values["norm_type"], ("layernorm", "rmsnorm")),
         rope=rope,
         positions="sincos" if rope == "none" else "none",
         num_kv_heads=values["num_heads"] // 2 if values["enable_gqa"] else None,
@@ -255,9 +262,23 @@ def _jit_model(values: dict, moe: dict) -> ModelConfig:
         bottleneck_size=values["bottleneck_dim"],
         context_tokens=values["in_context_len"],
         context_start=values["in_context_start"],
-        dropout=float(moe["proj_drop"] if moe else values["proj_drop"]),
+        dropout=_dropout(values, moe) if isinstance(layer, DeepSeekConfig) else values["proj_drop"],
         feed_forward=layer,
     )
+
+
+def _dropout(values: dict, moe: dict) -> float:
+    """That of experts, which a constructor may also give to the rest; ours has one for both."""
+    experts, rest = moe["proj_drop"], values["proj_drop"]
+    if rest not in (0.0, experts):
+        raise UserError(f"proj_drop: {rest} and moe_config.proj_drop {experts} must be equal here")
+    return float(experts)
+
+
+def _one_of(key: str, value: Any, known: tuple[str, ...]) -> Any:
+    if value not in known:
+        raise unknown_name(key, value, known)
+    return value
 
 
 def _only(key: str, value: Any, allowed: Any) -> None:

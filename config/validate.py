@@ -76,6 +76,11 @@ def _check_ranges(config: Config) -> None:
     for key, value in fractions.items():
         require(0 <= value < 1, f"{key}: {value} is not in [0, 1)")
     held_out_images = data.source == "images" and data.val_data_path is not None
+    named = [f"{decay:g}" for decay in optim.extra_ema_decays]  # as their files are
+    require(
+        len(set(named)) == len(named),
+        f"optim.extra_ema_decays: {optim.extra_ema_decays} has the same decay twice",
+    )
     clip = optim.grad_clip
     require(clip is None or clip > 0, f"optim.grad_clip: {clip} must be above 0")
     require(
@@ -121,6 +126,12 @@ def _check_data(config: Config) -> None:
         "data.vae_path: null is for pixels, which come from data.source images and, held out, from "
         "data.val_data_path",
     )
+    shape = config.model.in_channels, config.model.input_size
+    require(
+        data.vae_path is not None or shape == (3, data.image_size),
+        f"model.in_channels and model.input_size: {shape[0]} and {shape[1]} are not those of "
+        f"pixels (data.vae_path null): 3 and data.image_size {data.image_size}",
+    )
     guided = config.model.num_classes == 0 and config.sampling.cfg_scale != 1
     require(
         not guided,
@@ -160,12 +171,7 @@ def _check_sampling(config: Config) -> None:
         f"sampling.sampler: {config.sampling.sampler!r} does not belong to objective.name "
         f"{config.objective.name}; known there: {', '.join(known)}",
     )
-    low, high = config.sampling.cfg_interval or (0, 1)
-    require(
-        low < high,
-        f"sampling.cfg_interval: {config.sampling.cfg_interval} is empty; the first time must be "
-        "below the second",
-    )
+    _check_interval(config)
     if isinstance(config.objective, FlowConfig):
         _check_flow(config.objective, config.sampling)
     if isinstance(config.objective, DDPMConfig):
@@ -174,6 +180,26 @@ def _check_sampling(config: Config) -> None:
             f"sampling.num_steps: {config.sampling.num_steps} is more than "
             f"objective.num_timesteps {config.objective.num_timesteps}",
         )
+
+
+def _check_interval(config: Config) -> None:
+    if config.sampling.cfg_interval is None:
+        return
+    low, high = config.sampling.cfg_interval
+    require(
+        low < high,
+        f"sampling.cfg_interval: {(low, high)} is empty; the first time must be below the second",
+    )
+    if isinstance(config.objective, DDPMConfig):
+        last = config.objective.num_timesteps - 1
+        first = 0 if low == 0 else math.floor(low) + 1  # the first step above
+        reached, times = first < high and first <= last, f"the steps 0 ... {last}"
+    else:
+        reached, times = low < 1 and high > 0, "times from 0 to 1"
+    require(
+        reached,
+        f"sampling.cfg_interval: {(low, high)} has none of {times}; nothing would be guided",
+    )
 
 
 def _check_flow(flow: FlowConfig, sampling: SamplingConfig) -> None:

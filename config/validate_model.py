@@ -86,7 +86,12 @@ def _check_tokens(model: ModelConfig) -> None:
         f"model.patch_size: {model.patch_size} does not divide model.input_size {model.input_size}",
     )
     require(
-        model.context_start < model.depth,
+        model.positions != "none" or model.rope != "none",
+        "model.positions: none with model.rope none leaves the tokens without a place; allowed: "
+        "sincos, or model.rope 1d or 2d",
+    )
+    require(
+        not model.context_tokens or model.context_start < model.depth,
         f"model.context_start: {model.context_start} is not a block; model.depth is {model.depth}",
     )
 

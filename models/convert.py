@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config.load import dump_config, load_config
+from config.official_export import check_exportable
 from core.errors import UserError, command
 from core.files import complete_file, complete_folder
 from core.logging import get_logger
@@ -106,6 +107,8 @@ def import_official(path: Path, config_path: Path, out: Path) -> None:
     names = {"model": "model", "ema": "ema"}
     if "ema2" in parts and config.optim.extra_ema_decays:
         names["ema2"] = f"ema_{config.optim.extra_ema_decays[0]:g}"
+    elif "ema2" in parts:
+        log.warning("%s: its second average is left out; optim.extra_ema_decays names none", path)
     with complete_folder(out) as folder:
         for part, name in names.items():
             source = part if part in parts else next(iter(parts))
@@ -132,8 +135,13 @@ def gather_shards(checkpoint: Path, out: Path) -> None:
 
 
 def export_official(checkpoint: Path, out: Path) -> None:
-    """Write the weights of a checkpoint as the official code names them: `model` and averages."""
+    """Write the weights of a checkpoint as the official code names them: `model` and averages.
+
+    Raises:
+        UserError: for a model that the official code cannot compute, naming the key.
+    """
     config = load_pretrained(checkpoint).config
+    check_exportable(config.model)
     jit = is_jit(config.model)
     names = {"model": "model", "ema": "model_ema1" if jit else "ema"}
     if jit and config.optim.extra_ema_decays:

@@ -103,7 +103,7 @@ class DiT(nn.Module):
             t: (B,) times as the objective counts them.
             cond: (B,) int64 labels.
         """
-        h = self.patch_embed(x)  # (B, S, D)
+        h = self.patch_embed(x).to(x.dtype)  # (B, S, D); autocast leaves the residual stream alone
         if self.config.positions == "sincos":
             h = h + self.positions
         label = self.label_embed(cond)  # (B, D)

@@ -87,15 +87,19 @@ def to_official(model: DiT, tensors: Mapping[str, Tensor] | None = None) -> dict
 
 
 def constants(model: DiT) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Official buffers that are options with us: their values, and the tolerance to compare at."""
-    values, tolerance = {}, {"pos_embed": 1e-6}
+    """Official buffers that are options with us: their values, and the tolerance to compare at.
+
+    Averaged weights may hold an average of a constant, which float32 lets drift: by 2e-4 at a decay
+    of 0.9999.
+    """
+    values, tolerance = {}, {"pos_embed": 1e-3}
     if model.config.positions == "sincos":
         values["pos_embed"] = model.positions[None]
     layer = model.config.feed_forward
     if isinstance(layer, DiffMoEConfig):
         for i in model.config.moe_blocks():
             name = f"blocks.{i}.mlp.ema_decay"
-            values[name], tolerance[name] = torch.tensor([layer.threshold_decay]), 1e-6
+            values[name], tolerance[name] = torch.tensor([layer.threshold_decay]), 1e-3
     return values, tolerance
 
 

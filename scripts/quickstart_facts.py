@@ -7,13 +7,20 @@ import sys
 from pathlib import Path
 
 from config.load import load_config
-from core.errors import command
+from core.errors import UserError, command
 
 
 @command
 def main() -> None:
     """Print the facts of the config that the command line names."""
-    config = load_config(Path(sys.argv[1]))
+    path = Path(sys.argv[1])
+    config = load_config(path)
+    wanted = f"runs/{path.stem}/train"
+    if not path.stem.startswith("quickstart") or config.run_dir != wanted:
+        raise UserError(
+            f"--config: {path}: run_dir is {config.run_dir}, the quickstart wants {wanted}, and a "
+            "file named quickstart_NAME.yaml"
+        )
     space = "pixels" if config.data.vae_path is None else "latents"
     sys.stdout.write(f"{config.run_dir} {config.train.max_steps} {space}\n")
 

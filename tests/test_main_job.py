@@ -332,6 +332,27 @@ def test_what_the_quickstart_asks_of_its_configs(name, wanted):
     assert done.stdout.strip() == wanted
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("quickstart_mine", "base: {root}/config/quickstart_dsmoe.yaml"),  # that one's folder
+        ("quickstart_mine", "run_dir: runs/quickstart_mine"),
+        ("mine", "base: {root}/config/dit_S_flow.yaml"),
+    ],
+)
+def test_the_quickstart_takes_no_config_whose_folder_is_not_its_own(tmp_path, name, text):
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(text.format(root=ROOT))
+    done = subprocess.run(
+        [sys.executable, "scripts/quickstart_facts.py", path],
+        **{"cwd": ROOT, "capture_output": True, "text": True},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2
+    assert f"the quickstart wants runs/{name}/train" in done.stderr
+    assert not done.stdout
+
+
 def test_the_readmes_python_example(trained, tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
     block = re.search(r"```python\n(from data\.vae.*?)```", text, re.DOTALL)[1]

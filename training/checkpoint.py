@@ -235,6 +235,9 @@ def _fill(targets: dict[str, Tensor], path: Path) -> None:
 def initialise(config: Config, model: DiT) -> None:
     """Fill a new run's model from the checkpoint `config.init_from`, where one is named.
 
+    What else differs between the two models or objectives is said: weights of the right shape may
+    have been trained to compute something else.
+
     Raises:
         UserError: when the rest of the weights, `config.init_fresh` left out, do not fit.
     """
@@ -244,10 +247,25 @@ def initialise(config: Config, model: DiT) -> None:
     folder = find_checkpoint(Path(config.init_from))
     check_seal(folder)
     load_weights(model, weights_path(folder, "ema"), fresh[config.init_fresh])
+    for difference in _differences(load_config(folder / CONFIG_FILE), config):
+        log.warning("init_from: %s: %s", folder, difference)
 
 
 def check_same_model(found: Config, wanted: Config, folder: Path) -> None:
-    """Refuse a checkpoint whose model or objective differs from the config, naming the keys."""
+    """Refuse a checkpoint whose model or objective differs from the config, naming the keys.
+
+    Keys that concern training alone may differ, which is said.
+    """
+    differences = _differences(found, wanted)
+    refused = [text for text in differences if text.split()[0] not in TRAINING_ONLY]
+    if refused:
+        raise UserError(f"{folder}: checkpoint of another architecture: {'; '.join(refused)}")
+    for text in differences:
+        log.warning("%s: %s", folder, text)
+
+
+def _differences(found: Config, wanted: Config) -> list[str]:
+    """`key is this there, that here` for the keys of model and objective that differ."""
     differences = []
     for section in ("model", "objective"):
         theirs = _flat(dataclasses.asdict(getattr(found, section)), section)
@@ -255,9 +273,11 @@ def check_same_model(found: Config, wanted: Config, folder: Path) -> None:
         for key in sorted((theirs.keys() | ours.keys()) - FREE):
             if theirs.get(key) != ours.get(key):
                 differences.append(f"{key} is {theirs.get(key)} there, {ours.get(key)} here")
-    if differences:
-        raise UserError(f"{folder}: checkpoint of another architecture: {'; '.join(differences)}")
+    return differences
 
+
+TRAINING_ONLY = {"model.dropout", "model.feed_forward.bias_update_rate"}
+"""Keys with which a run may go on differently."""
 
 FREE = {"model.expert_backend"}
 """Keys that change how fast a model computes, not what."""

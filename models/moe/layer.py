@@ -34,9 +34,11 @@ class MoEFeedForward(nn.Module):
 
         When all experts take most tokens (a capacity schedule's start, fresh thresholds), they
         are computed a few at a time, and again in the backward pass: that costs time, not memory.
+        Where every token has as many pairs, by top-k, their number is no surprise.
         """
-        parts = chunks(plan, ROW_BUDGET * len(tokens))
-        if len(parts) == 1:
+        fixed = plan.pair_of_choice is not None
+        parts = [] if fixed else chunks(plan, ROW_BUDGET * len(tokens))
+        if len(parts) <= 1:
             return combine(self.experts(gather(tokens, plan), plan), plan, len(tokens))
         total = tokens.new_zeros(tokens.shape, dtype=torch.float32)
         for experts, pairs in parts:

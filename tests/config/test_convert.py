@@ -177,6 +177,13 @@ def test_published_files_that_say_too_little_or_too_much_are_refused(name, wante
         ({"use_sinks": True}, "use_sinks: True has no counterpart"),
         ({"sliding_window": 3}, "sliding_window: 3 has no counterpart"),
         ({"rope": "2d"}, "official constructor: unknown 'rope'"),
+        ({"rope_type": "2D"}, "rope_type: unknown '2D'; known: 1d, 2d, none"),
+        ({"rope_type": None}, "rope_type: unknown None; known: 1d, 2d, none"),
+        ({"norm_type": "RMSNorm"}, "norm_type: unknown 'RMSNorm'; known: layernorm, rmsnorm"),
+        (
+            {"enable_gqa": True, "num_heads": 5, "hidden_size": 400},
+            "num_kv_heads: 2 does not divide",
+        ),
     ],
 )
 def test_attention_that_we_do_not_have_is_refused(change, wanted):
@@ -184,6 +191,20 @@ def test_attention_that_we_do_not_have_is_refused(change, wanted):
     params = DSMOE[name]["model"]["params"]
     with pytest.raises(UserError, match=wanted):
         official_config("dsmoe", params | change)
+
+
+def test_dropout_of_jit_is_that_of_its_blocks():
+    arch = JIT["architectures"]["JiT-B/16-E16"]
+
+    def dropout(rest, experts, interleave=True):
+        moe = arch["moe_config"] | {"proj_drop": experts, "interleave": interleave}
+        return official_config("jit", arch | {"moe_config": moe, "proj_drop": rest}).dropout
+
+    assert dropout(0.0, 0.2) == dropout(0.2, 0.2) == 0.2
+    assert dropout(0.2, 0.0, interleave=False) == 0.2
+    assert dropout(0.0, 0.3, interleave=False) == 0.0
+    with pytest.raises(UserError, match=r"proj_drop: 0.2 and moe_config.proj_drop 0.1"):
+        dropout(0.2, 0.1)
 
 
 def test_skipped_blocks_of_dsmoe():

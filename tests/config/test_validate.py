@@ -86,7 +86,27 @@ def parse(*argv, world_size=1):
             ["--model.rope", "1d", "--model.head_dim", "7"],
             r"model\.rope: 1d needs heads of a width divisible by 2, not 7",
         ),
-        (["--model.context_start", "12"], r"context_start: 12 is not a block; model\.depth is 12"),
+        (["--model.positions", "none"], r"model\.positions: none with model\.rope none leaves"),
+        (
+            ["--sampling.cfg_interval", "[100, 900]"],
+            r"cfg_interval: \(100\.0, 900\.0\) has none of times from 0 to 1; nothing would be",
+        ),
+        (
+            ["--objective.name", "ddpm", "--sampling.cfg_interval", "[0.1, 1.0]"],
+            r"cfg_interval: \(0\.1, 1\.0\) has none of the steps 0 \.\.\. 999",
+        ),
+        (
+            ["--optim.extra_ema_decays", "[0.9, 0.90000000001]"],
+            r"extra_ema_decays: .* has the same decay twice",
+        ),
+        (
+            ["--data.vae_path=null", "--data.source=images", "--data.data_path=x"],
+            r"in_channels and model\.input_size: 4 and 32 are not those of pixels .*: 3 and .* 256",
+        ),
+        (
+            ["--model.context_tokens", "2", "--model.context_start", "12"],
+            r"context_start: 12 is not a block; model\.depth is 12",
+        ),
         (
             ["--model.leading_dense", "12"],
             r"leading_dense: 12 leaves no block to the diffmoe",
@@ -156,6 +176,11 @@ def test_global_batch_over_processes_and_accumulation():
 def test_as_many_experts_as_tokens_are_allowed():
     layer = parse("--model.feed_forward.num_experts", "16384").model.feed_forward
     assert layer.num_experts == 16384
+
+
+@pytest.mark.parametrize("interval", ["[0, 1.5]", "[0.5, 1.5]", "[998, 1000]"])
+def test_intervals_of_guidance_that_hold_a_step(interval):
+    parse("--objective.name", "ddpm", "--sampling.cfg_interval", interval)
 
 
 def test_the_learning_rate_follows_the_batch_where_it_is_given_for_256_images():

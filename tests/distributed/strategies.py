@@ -44,6 +44,25 @@ def flags(out: Path, cache: str, val_cache: str, vae: str, **changes: object) ->
     return [f"--{key}={value}" for key, value in values.items()]
 
 
+JITMOE = {
+    "model__feed_forward__name": "deepseek",
+    "model__feed_forward__top_k": 2,
+    "model__feed_forward__bias_update_rate": 0.01,
+    "model__feed_forward__shared_mlp": "swiglu",
+    "model__feed_forward__shared_intermediate_size": 8,
+    "model__rope": "2d",
+    "model__norm": "rmsnorm",
+    "model__qk_norm": True,
+    "model__num_kv_heads": 1,
+    "model__bottleneck_size": 6,
+    "model__context_tokens": 3,
+    "model__context_start": 1,
+    "model__depth": 4,
+    "model__dropout": 0.2,
+}
+"""Balanced experts, and what JiT adds to the backbone."""
+
+
 def main(out: Path, *data: str) -> None:
     fsdp = {"parallel__strategy": "fsdp"}
     again = {"train__activation_checkpointing": True}
@@ -63,6 +82,9 @@ def main(out: Path, *data: str) -> None:
         for steps, strategy in ((2, "ddp"), (4, "fsdp"), (STEPS, "ddp")):
             run("changing", parallel__strategy=strategy, train__max_steps=steps)
         run("bf16", train__precision="bf16")
+        run("jitmoe", **JITMOE)
+        run("jitmoe_fsdp", **JITMOE, **fsdp)
+        run("jitmoe_fsdp_recomputing", **JITMOE, **fsdp, **again)
 
 
 if __name__ == "__main__":

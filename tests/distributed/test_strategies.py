@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import STEPS, flags
+from strategies import JITMOE, STEPS, flags
 
 from config.load import parse_config
 from core.distributed import Processes
@@ -76,6 +76,28 @@ def test_the_same_weights_averages_and_moments(runs, name, kind):
     assert wanted.keys() == found.keys()
     for key, tensor in wanted.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.fixture(scope="module")
+def jitmoe_alone(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone") / "jitmoe"
+    train(parse_config(flags(run, *data, **JITMOE), "train.py"), ALONE)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jitmoe", "jitmoe_fsdp", "jitmoe_fsdp_recomputing"])
+def test_biases_follow_the_loads_of_all_processes(runs, jitmoe_alone, name):
+    """Once for each step, whatever the number of processes and micro-batches."""
+    wanted, found = weights(jitmoe_alone, "model"), weights(runs / name, "model")
+    biases = [key for key in wanted if key.endswith("correction_bias")]
+    assert len(biases) == 2
+    for key in biases:
+        assert torch.equal(found[key], wanted[key]), key
+        assert found[key].abs().max() > 0
+    for one, other in zip(entries(jitmoe_alone), entries(runs / name), strict=True):
+        for key in ("loss/loss", "grad_norm", "max_load/moe_layer_0", "bias_range/moe_layer_1"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5), key
 
 
 @pytest.mark.slow

@@ -61,6 +61,20 @@ def test_every_layer_takes_every_option(name, rope):
     assert run(model.eval()).prediction.isfinite().all()
 
 
+@pytest.mark.parametrize("positions", ["sincos", "none"])
+@pytest.mark.parametrize("context_tokens", [0, 3])
+def test_the_residual_stream_is_float32_under_autocast(positions, context_tokens):
+    model = random_model(
+        rope="2d", positions=positions, context_tokens=context_tokens, feed_forward=DenseConfig()
+    )
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model)
+    assert seen == [torch.float32] * 4
+
+
 # Rotary positions
 
 

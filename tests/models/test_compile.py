@@ -24,6 +24,7 @@ VARIANTS = {
     "diffmoe": DiffMoEConfig(num_experts=4),
     "diffmoe_all_experts": DiffMoEConfig(num_experts=4, capacity=4.0),
     "deepseek": DeepSeekConfig(num_experts=4, num_groups=2, intermediate_size=16, **SHARED),
+    "deepseek_k5": DeepSeekConfig(num_experts=8, top_k=5, intermediate_size=16),
 }
 
 SHAPE = {"input_size": 4, "patch_size": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}

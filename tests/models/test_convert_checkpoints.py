@@ -13,6 +13,14 @@ import yaml
 from safetensors.torch import save_file
 
 from config.load import to_plain
+from config.official_export import check_exportable
+from config.schema import (
+    DeepSeekConfig,
+    DenseConfig,
+    DiffMoEConfig,
+    ExpertChoiceConfig,
+    ModelConfig,
+)
 from core.errors import UserError
 from models.build import build_model
 from models.convert import export_official, import_official, read_official
@@ -70,6 +78,20 @@ def test_a_flat_file_gives_both_weights(official, config_path, tmp_path):
         assert torch.equal(
             to_official(model)["x_embedder.proj.bias"], state["x_embedder.proj.bias"]
         )
+
+
+def test_averaged_constants_are_taken_for_what_they_are(official):
+    """An average of a constant drifts in float32, and the model has the constant all the same."""
+    state, ctor = official
+    drifted = dict(state)
+    for name in [n for n in state if n == "pos_embed" or n.endswith("ema_decay")]:
+        average = state[name].clone()
+        for _ in range(3000):
+            average.mul_(0.9999).add_(state[name], alpha=1 - 0.9999)
+        drifted[name] = average
+    assert (drifted["pos_embed"] - state["pos_embed"]).abs().max() > 1e-5
+    back = to_official(from_official("diffmoe", ctor, drifted))
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
 class Evil:
@@ -149,7 +171,12 @@ def jit_config(jit, tmp_path):
         yaml.safe_dump(
             {
                 "model": to_plain(dataclasses.asdict(jit[1])),
-                "data": {"source": "images", "data_path": "x", "vae_path": None},
+                "data": {
+                    "source": "images",
+                    "data_path": "x",
+                    "vae_path": None,
+                    "image_size": 32,
+                },
                 "optim": {"extra_ema_decays": [0.9996]},
             }
         )
@@ -193,3 +220,52 @@ def test_weights_of_another_width_are_refused_by_name(jit):
     wrong = state | {"blocks.0.attn.qkv.weight": torch.zeros(90, 32)}
     with pytest.raises(UserError, match=r"blocks\.0\.attn\.qkv\.weight does not fit"):
         load_official(build_model(config), config, wrong)
+
+
+def test_a_second_average_without_a_name_is_left_out_aloud(jit, jit_config, tmp_path, caplog):
+    config = yaml.safe_load(jit_config.read_text())
+    config["optim"] = {}
+    jit_config.write_text(yaml.safe_dump(config))
+    parts = ("model", "model_ema1", "model_ema2")
+    torch.save(dict.fromkeys(parts, jit[0]), tmp_path / "official.pth")
+    with caplog.at_level("WARNING", logger="diffmoe"):
+        import_official(tmp_path / "official.pth", jit_config, tmp_path / "ours")
+    assert "its second average is left out; optim.extra_ema_decays names none" in caplog.text
+
+
+SIZE = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"rope": "2d"}, r"model\.rope: '2d' has no counterpart in the code of DiT and DiffMoE"),
+        ({"qk_norm": True}, r"model\.qk_norm: True has no counterpart"),
+        ({"feed_forward": ExpertChoiceConfig(pool="batch")}, r"pool: 'batch' .*there: 'sample'"),
+        ({"feed_forward": DiffMoEConfig(expert_mlp="swiglu")}, r"expert_mlp: 'swiglu' has no"),
+        (
+            {"feed_forward": DeepSeekConfig(), "mlp": "silu"},
+            r"shared_mlp: 'none' has no counterpart in the code of DSMoE; there: 'swiglu'",
+        ),
+        (
+            {
+                "feed_forward": DeepSeekConfig(shared_mlp="identity", num_groups=2),
+                "mlp": "silu",
+            },
+            r"zero_masked_groups: False has no counterpart",
+        ),
+        ({"bottleneck_size": 4}, r"model\.rope: 'none' has no counterpart in the code of JiT"),
+    ],
+)
+def test_models_that_the_official_code_cannot_compute_are_not_exported(changes, wanted):
+    with pytest.raises(UserError, match=wanted):
+        check_exportable(ModelConfig(**SIZE, **{"feed_forward": DenseConfig()} | changes))
+
+
+@pytest.mark.parametrize("path", sorted((GOLDEN).glob("*.safetensors")), ids=lambda p: p.stem)
+def test_every_recorded_model_may_go_back(path):
+    from models_cases import FAMILIES, ModelCase
+
+    tensors, config, metadata = load_case(path)
+    if metadata["source"].split(",")[0] in FAMILIES and any("state." in key for key in tensors):
+        check_exportable(ModelCase(tensors, config, metadata).model(training=False).config)

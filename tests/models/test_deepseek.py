@@ -146,6 +146,15 @@ def test_a_forward_never_writes_the_bias():
     assert torch.equal(module.router.correction_bias, before)
 
 
+@pytest.mark.parametrize("top_k", [2, 5, E])
+def test_experts_are_computed_once_however_many_a_token_takes(top_k, monkeypatch):
+    module, x = layer_with_bias(dataclasses.replace(PLAIN, top_k=top_k))
+    calls, forward = [], module.experts.forward
+    monkeypatch.setattr(module.experts, "forward", lambda *args: calls.append(1) or forward(*args))
+    module(x)[0].sum().backward()
+    assert len(calls) == 1
+
+
 def test_routing_is_float32_under_autocast():
     module, x = layer_with_bias(PLAIN)
     module, x = module.float(), x.float()

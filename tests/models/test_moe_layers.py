@@ -181,7 +181,6 @@ def test_autocast_keeps_the_router_in_float32(layer):
 @pytest.mark.parametrize(
     "layer",
     [
-        TokenChoiceConfig(num_experts=E, top_k=3),
         ExpertChoiceConfig(num_experts=E, capacity=4.0),
         DiffMoEConfig(num_experts=E, capacity=3.5),
     ],

@@ -106,6 +106,33 @@ def test_resume_is_exact_with_dropout_and_a_moving_bias(pixel_config, pixel_run,
         assert all(bias.abs().max() > 0 for bias in biases)
 
 
+def test_training_may_go_on_with_another_rate_of_the_bias_and_says_so(
+    pixel_config, pixel_run, tmp_path, caplog
+):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    source = find_checkpoint(pixel_run)
+    (tmp_path / "run" / "checkpoints" / source.name).symlink_to(source)
+    flags = ("--resume", "auto", "--train.max_steps", "7")
+    rate = ("--model.feed_forward.bias_update_rate", "0.5")
+    with caplog.at_level("WARNING", logger="diffmoe"):
+        run(pixel_config, tmp_path / "run", *flags, *rate)
+    assert "bias_update_rate is 0.01 there, 0.5 here" in caplog.text
+    tensors = read_tensors(weights_path(find_checkpoint(tmp_path / "run"), "model"))
+    biases = [t for n, t in tensors.items() if n.endswith("correction_bias")]
+    assert max(bias.abs().max() for bias in biases) > 0.3
+    with pytest.raises(UserError, match=r"another architecture: model\.rope is 2d there, 1d here"):
+        run(pixel_config, tmp_path / "run", *flags, "--model.rope", "1d")
+
+
+def test_a_start_from_weights_of_another_computation_is_said(
+    pixel_config, pixel_run, tmp_path, caplog
+):
+    flags = ("--init_from", pixel_run, "--train.max_steps", "1", "--model.rope", "1d")
+    with caplog.at_level("WARNING", logger="diffmoe"):
+        run(pixel_config, tmp_path / "run", *flags)
+    assert "model.rope is 2d there, 1d here" in caplog.text
+
+
 def sample(run_dir, out, *flags):
     base = ("--ckpt", run_dir, "--num-fid-samples", 5, "--per-proc-batch-size", 2)
     argv = [str(a) for a in (*base, "--sample-dir", out, "--device", "cpu", *flags)]
@@ -158,6 +185,6 @@ def test_configs_without_a_vae_that_cannot_work_are_refused(pixel_config, flags,
         parse_config(["--config", str(pixel_config), *flags], "train.py")
 
 
-def test_another_size_than_the_images_is_refused(pixel_config, tmp_path):
-    with pytest.raises(UserError, match=r"model.in_channels and input_size: \(3, 8, 8\) is config"):
-        run(pixel_config, tmp_path / "run", "--model.input_size", "8")
+def test_images_of_another_size_are_refused_before_any_is_read(pixel_config):
+    with pytest.raises(ConfigError, match="input_size: 3 and 8 are not those of pixels"):
+        parse_config(["--config", str(pixel_config), "--model.input_size", "8"], "train.py")
