@@ -78,6 +78,10 @@ def sample_from_checkpoint(
     torch.backends.cuda.matmul.allow_tf32 = flags.tf32
     torch.backends.cudnn.allow_tf32 = flags.tf32
     pretrained = load_pretrained(flags.ckpt, flags.weights, routing_of(flags))
+    if flags.capacity and not pretrained.config.model.moe_blocks():
+        raise UserError(
+            f"--capacity: {pretrained.path} is a dense model, without routing to record"
+        )
     protocol = resolve(flags, pretrained)
     vae = open_vae(protocol.vae, processes.device)
     _check_vae(vae, pretrained)

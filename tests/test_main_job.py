@@ -188,6 +188,13 @@ def test_sampling_refuses_what_does_not_fit(flags, wanted, trained, tmp_path):
         run_sampling(trained, tmp_path, *flags)
 
 
+def test_the_capacity_of_a_dense_model_is_refused(tiny_config, tmp_path):
+    run = tmp_path / "run"
+    run_training(tiny_config, run, "--model.feed_forward.name", "dense", "--train.max_steps", "2")
+    with pytest.raises(UserError, match=r"--capacity: .*step_0000002 is a dense model"):
+        run_sampling(run, tmp_path / "samples", "--capacity")
+
+
 def test_sampling_refuses_a_vae_of_another_scale(trained, tmp_path, vae_folder):
     other = tmp_path / "vae"
     other.mkdir()
