@@ -93,8 +93,7 @@ DSMOE_KEYS = DEEPSEEK_KEYS | {
     "local_top_p": False,
 }
 
-JIT_KEYS = DEEPSEEK_KEYS | {"proj_drop": True}
-
+JIT_KEYS = DEEPSEEK_KEYS | {"proj_drop": False}
 
 ANY = 1 << 30
 """A micro-batch that sets no limit to experts: a constructor does not know it."""
@@ -269,7 +268,7 @@ def _jit_model(values: dict, moe: dict) -> ModelConfig:
 
 def _dropout(values: dict, moe: dict) -> float:
     """That of experts, which a constructor may also give to the rest; ours has one for both."""
-    experts, rest = moe["proj_drop"], values["proj_drop"]
+    experts, rest = moe.get("proj_drop", 0.0), values["proj_drop"]
     if rest not in (0.0, experts):
         raise UserError(f"proj_drop: {rest} and moe_config.proj_drop {experts} must be equal here")
     return float(experts)

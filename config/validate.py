@@ -25,7 +25,7 @@ def validate(config: Config, world_size: int | None = 1) -> None:
         ConfigError: naming key, value and what is allowed.
     """
     _check_ranges(config)
-    _check_lr(config.optim, config.train.global_batch_size)
+    _check_optim(config.optim, config.train.global_batch_size)
     _check_data(config)
     check_model(config.model, config.train.micro_batch_size)
     _check_batch(config, world_size or 1)
@@ -69,20 +69,7 @@ def _check_ranges(config: Config) -> None:
     }
     for key, (value, least) in at_least.items():
         require(value >= least, f"{key}: {value} is too small; at least {least} is allowed")
-    fractions = {
-        "optim.ema_decay": optim.ema_decay,
-        "optim.betas": max(optim.betas),
-    } | {f"optim.extra_ema_decays {decay}": decay for decay in optim.extra_ema_decays}
-    for key, value in fractions.items():
-        require(0 <= value < 1, f"{key}: {value} is not in [0, 1)")
     held_out_images = data.source == "images" and data.val_data_path is not None
-    named = [f"{decay:g}" for decay in optim.extra_ema_decays]  # as their files are
-    require(
-        len(set(named)) == len(named),
-        f"optim.extra_ema_decays: {optim.extra_ema_decays} has the same decay twice",
-    )
-    clip = optim.grad_clip
-    require(clip is None or clip > 0, f"optim.grad_clip: {clip} must be above 0")
     require(
         not train.val_every or data.val_cached_path is not None or held_out_images,
         f"train.val_every: {train.val_every} needs data.val_cached_path, held-out latents, or for "
@@ -94,7 +81,20 @@ def _check_ranges(config: Config) -> None:
     )
 
 
-def _check_lr(optim: OptimConfig, batch: int) -> None:
+def _check_optim(optim: OptimConfig, batch: int) -> None:
+    fractions = {
+        "optim.ema_decay": optim.ema_decay,
+        "optim.betas": max(optim.betas),
+    } | {f"optim.extra_ema_decays {decay}": decay for decay in optim.extra_ema_decays}
+    for key, value in fractions.items():
+        require(0 <= value < 1, f"{key}: {value} is not in [0, 1)")
+    named = [f"{decay:g}" for decay in optim.extra_ema_decays]  # as their files are
+    require(
+        len(set(named)) == len(named),
+        f"optim.extra_ema_decays: {optim.extra_ema_decays} has the same decay twice",
+    )
+    clip = optim.grad_clip
+    require(clip is None or clip > 0, f"optim.grad_clip: {clip} must be above 0")
     if optim.lr is None or optim.base_lr is None:
         return
     scaled = optim.base_lr * batch / 256

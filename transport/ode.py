@@ -46,10 +46,7 @@ def solve(
         trajectory: return the states at all times of `grid`, (K, B, ...), instead of the last.
     """
     if method == HEUN_THEN_EULER:
-        if trajectory:
-            raise ValueError(f"trajectory: {method} gives the last state only")
-        before = solve(field, x, grid[:-1], "heun") if len(grid) > 2 else x
-        return solve(field, before, grid[-2:], "euler")
+        return _heun_then_euler(field, x, grid, trajectory)
     low, high = grid.min(), grid.max()
 
     def bounded(t: Tensor, y: Tensor) -> Tensor:
@@ -78,6 +75,13 @@ def solve(
     if trajectory:
         return states
     return tuple(s[-1] for s in states) if isinstance(states, tuple) else states[-1]
+
+
+def _heun_then_euler(field: Callable, x: Tensor, grid: Tensor, trajectory: bool) -> Tensor:
+    if trajectory:
+        raise ValueError(f"trajectory: {HEUN_THEN_EULER} gives the last state only")
+    before = solve(field, x, grid[:-1], "heun") if len(grid) > 2 else x
+    return solve(field, before, grid[-2:], "euler")
 
 
 def log_likelihood(
