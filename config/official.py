@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from config.model import FeedForwardConfig
+from config.official_keywords import DIT, DSMOE, DSMOE_KEYS, JIT, JIT_KEYS, MOE_KEYS
 from config.schema import (
     DeepSeekConfig,
     DenseConfig,
@@ -16,84 +17,6 @@ from config.schema import (
 )
 from config.validate_model import check_model
 from core.errors import UserError, unknown_name
-
-DIT = {
-    "input_size": 32,
-    "patch_size": 2,
-    "in_channels": 4,
-    "hidden_size": 1152,
-    "depth": 28,
-    "num_heads": 16,
-    "mlp_ratio": 4.0,
-    "class_dropout_prob": 0.1,
-    "num_classes": 1000,
-    "learn_sigma": True,
-    "head_dim": None,
-    "use_swiglu": False,
-    "CapacityPred_loss_weight": 0.01,
-    "MoE_config": None,
-}
-"""Keywords of the official constructors, with what they mean when left out."""
-
-DSMOE = DIT | {
-    "rope_type": "none",
-    "norm_type": "layernorm",
-    "enable_gqa": False,
-    "use_sinks": False,
-    "sliding_window": 0,
-    "use_kda": False,
-    "kda_kwargs": None,
-}
-
-JIT = {
-    "input_size": 256,
-    "patch_size": 16,
-    "in_channels": 3,
-    "hidden_size": 1024,
-    "depth": 24,
-    "num_heads": 16,
-    "mlp_ratio": 4.0,
-    "num_classes": 1000,
-    "bottleneck_dim": 128,
-    "in_context_len": 32,
-    "in_context_start": 8,
-    "attn_drop": 0.0,
-    "proj_drop": 0.0,
-    "moe_config": None,
-}
-
-MOE_KEYS = dict.fromkeys(
-    (
-        *("n_shared_experts", "num_experts", "capacity", "init_MoeMLP", "interleave"),
-        "capacity_schedule",
-    ),
-    False,
-)
-
-DEEPSEEK_KEYS = {
-    "num_experts": True,
-    "hidden_size": False,
-    "moe_intermediate_size": True,
-    "n_group": True,
-    "topk_group": True,
-    "num_experts_per_tok": True,
-    "routed_scaling_factor": True,
-    "interleave": True,
-    "use_shared_expert": True,
-}
-"""Keys of MoE_config, and whether the constructor fails without them."""
-
-DSMOE_KEYS = DEEPSEEK_KEYS | {
-    "skip_first2": True,
-    "skip_last2": False,
-    "capacity": False,
-    "init_MoeMLP": False,
-    "use_type": False,
-    "group_bins": False,
-    "local_top_p": False,
-}
-
-JIT_KEYS = DEEPSEEK_KEYS | {"proj_drop": False}
 
 ANY = 1 << 30
 """A micro-batch that sets no limit to experts: a constructor does not know it."""
@@ -126,8 +49,9 @@ def official_config(family: str, ctor: Mapping[str, Any]) -> ModelConfig:
     for name in ctor:
         if name not in known.keywords:
             raise unknown_name("official constructor", name, known.keywords)
-    values = {"class_dropout_prob": 0.1, "learn_sigma": False, "head_dim": None}
-    values |= {"use_swiglu": False} | known.keywords | dict(ctor)
+    # JiT's constructor has no such keywords; what they would say is fixed there.
+    fixed = {"class_dropout_prob": 0.1, "learn_sigma": False, "head_dim": None, "use_swiglu": False}
+    values = fixed | known.keywords | dict(ctor)
     if not values["class_dropout_prob"]:
         raise UserError("class_dropout_prob: 0 has no null class; above 0 is allowed")
     section = "moe_config" if "moe_config" in values else "MoE_config"

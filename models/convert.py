@@ -68,7 +68,8 @@ def read_official(path: Path) -> dict[str, dict[str, Tensor]]:
     if not parts and _is_state(loaded):
         parts = {"model": _bare(loaded)}
     if not parts:
-        raise UserError(f"--official: {path}: holds no state dict, flat or under {_listed()}")
+        names = ", ".join(AVERAGES)
+        raise UserError(f"--official: {path}: holds no state dict, flat or under {names}")
     return parts
 
 
@@ -83,10 +84,6 @@ def _unpickled(path: Path) -> Any:
         raise UserError(f"--official: {path}: {reason}") from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"--official: {path}: not readable: {error}") from None
-
-
-def _listed() -> str:
-    return ", ".join(AVERAGES)
 
 
 def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,14 +1,11 @@
 """The largest model: what lies on each process, and that its pattern trains in shards."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from launch import ROOT, on_two_processes
 
 from config.load import parse_config
 from core.distributed import Processes
@@ -16,7 +13,6 @@ from models.build import build_model
 from models.pretrained import find_checkpoint, read_tensors, weights_path
 from training.parallel import local, shard
 
-ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "config/dsmoe_3B_E16_flow.yaml")
 TOTAL = 3_101_669_024
 
@@ -42,16 +38,7 @@ def test_each_of_16_processes_has_a_sixteenth(rank):
 
 @pytest.mark.slow
 def test_its_pattern_takes_three_steps_on_two_gloo_processes(cache_folder, vae_folder, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "tests/distributed/large.py", tmp_path, cache_folder, vae_folder],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes("large.py", tmp_path, cache_folder, vae_folder)
     for rank in (0, 1):
         facts = json.loads((tmp_path / f"rank{rank}.json").read_text())
         assert facts["meta"]

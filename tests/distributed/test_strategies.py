@@ -1,13 +1,10 @@
 """DDP, FSDP, hybrid sharding and recomputation are ways to compute the same training."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launch import on_two_processes
 from strategies import JITMOE, STEPS, flags
 
 from config.load import parse_config
@@ -16,7 +13,6 @@ from models.convert import gather_shards
 from models.pretrained import find_checkpoint, load_pretrained, read_tensors, weights_path
 from training.trainer import train
 
-ROOT = Path(__file__).parents[2]
 ALONE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -30,17 +26,8 @@ def data(make_cache, tmp_path_factory, vae_folder):
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("strategies")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, "tests/distributed/strategies.py", out, *data],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Warning" not in done.stderr, done.stderr[-3000:]
+    stderr = on_two_processes("strategies.py", out, *data)
+    assert "Warning" not in stderr, stderr[-3000:]
     return out
 
 

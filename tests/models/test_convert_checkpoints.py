@@ -241,11 +241,21 @@ SIZE = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
     [
         ({"rope": "2d"}, r"model\.rope: '2d' has no counterpart in the code of DiT and DiffMoE"),
         ({"qk_norm": True}, r"model\.qk_norm: True has no counterpart"),
+        ({"mlp": "silu"}, r"model\.mlp: 'silu' has no counterpart .*: 'gelu' or 'swiglu'"),
+        ({"moe_every": 3, "depth": 3}, r"model\.moe_every: 3 has no counterpart .*: 1 or 2"),
+        (
+            {"feed_forward": DiffMoEConfig(shared_mlp="gelu", shared_intermediate_size=5)},
+            r"shared_intermediate_size: 5 has no counterpart .*: 128",
+        ),
+        (
+            {"feed_forward": ExpertChoiceConfig(shared_mlp="identity")},
+            r"shared_mlp: 'identity' has no counterpart .*: 'none' or 'swiglu'",
+        ),
         ({"feed_forward": ExpertChoiceConfig(pool="batch")}, r"pool: 'batch' .*there: 'sample'"),
         ({"feed_forward": DiffMoEConfig(expert_mlp="swiglu")}, r"expert_mlp: 'swiglu' has no"),
         (
             {"feed_forward": DeepSeekConfig(), "mlp": "silu"},
-            r"shared_mlp: 'none' has no counterpart in the code of DSMoE; there: 'swiglu'",
+            r"shared_mlp: 'none' has no counterpart in the code of DSMoE; there: 'swiglu' or 'id",
         ),
         (
             {
@@ -259,7 +269,7 @@ SIZE = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
 )
 def test_models_that_the_official_code_cannot_compute_are_not_exported(changes, wanted):
     with pytest.raises(UserError, match=wanted):
-        check_exportable(ModelConfig(**SIZE, **{"feed_forward": DenseConfig()} | changes))
+        check_exportable(ModelConfig(**SIZE | {"feed_forward": DenseConfig()} | changes))
 
 
 @pytest.mark.parametrize("path", sorted((GOLDEN).glob("*.safetensors")), ids=lambda p: p.stem)
