@@ -11,7 +11,10 @@ fresh=no
 while [ $# -gt 0 ]; do
     case "$1" in
         --fresh) fresh=yes ;;
-        --config) config="${2:?$usage}"; shift ;;
+        --config)
+            [ $# -gt 1 ] || { echo "$usage" >&2; exit 2; }
+            config="$2"
+            shift ;;
         *) echo "$usage" >&2; exit 2 ;;
     esac
     shift
