@@ -30,6 +30,8 @@ class MoEConfig:
         shared_mlp: a dense MLP that every token goes through besides, or `none`, or `identity`,
             which adds the layer's input.
         shared_intermediate_size: hidden width of the shared MLP.
+        router_init: first weights of the router: as the `published` code draws them, or
+            Xavier-uniform.
     """
 
     name: str = ""
@@ -38,6 +40,7 @@ class MoEConfig:
     intermediate_size: int | None = None
     shared_mlp: Literal["none", "identity"] | MLP = "none"
     shared_intermediate_size: int = 0
+    router_init: Literal["published", "xavier"] = "published"
 
 
 @dataclass

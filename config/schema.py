@@ -13,6 +13,7 @@ from config.model import (
     DiffMoEConfig,
     ExpertChoiceConfig,
     ModelConfig,
+    MoEConfig,
     TokenChoiceConfig,
 )
 

@@ -1,5 +1,6 @@
 """Self-attention over the tokens of one sample."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -38,6 +39,14 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(self.num_heads * self.head_dim, hidden_size)
         self.dropout = nn.Dropout(dropout)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Where keys are shared: queries, keys and values Xavier-uniform each for itself."""
+        if self.num_kv_heads < self.num_heads:
+            kv = self.num_kv_heads * self.head_dim
+            for part in self.qkv.weight.split([self.num_heads * self.head_dim, kv, kv]):
+                nn.init.xavier_uniform_(part)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Attention among `x` (B, S, D), whose positions turn queries and keys by `rotation`."""

@@ -30,10 +30,7 @@ def _dense(config: ModelConfig, dropout: float = 0.0) -> nn.Module:
 
 def _token_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: TokenChoiceConfig = config.feed_forward
-    router = TokenChoiceRouter(
-        config.hidden_size, layer.num_experts, layer.top_k, layer.balance_loss_weight
-    )
-    return _moe(config, router, dropout)
+    return _moe(config, TokenChoiceRouter(config.hidden_size, layer), dropout)
 
 
 def _deepseek(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:

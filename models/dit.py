@@ -76,12 +76,18 @@ class DiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """DiT's initialisation: Xavier-uniform, and every block starts as the identity."""
+        """DiT's initialisation: Xavier-uniform, and every block starts as the identity.
+
+        Where a published model differs, `init_weights` of the module changes its own part.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if hasattr(module, "init_weights"):
+                module.init_weights()
         for module in self.patch_embed.modules():
             if isinstance(module, nn.Conv2d):  # a linear layer on patches
                 nn.init.xavier_uniform_(module.weight.flatten(1))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,7 +42,10 @@ class DenseFeedForward(nn.Module):
 
 
 class SwiGLUFeedForward(nn.Module):
-    """silu(x W_gate) * (x W_up) W_down (Shazeer 2020, Eq. 6), with biases if asked for."""
+    """silu(x W_gate) * (x W_up) W_down (Shazeer 2020, Eq. 6), with biases if asked for.
+
+    The one with biases is JiT's, whose gate and up are one matrix when they are drawn.
+    """
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, bias: bool = False, dropout: float = 0.0
@@ -51,6 +55,15 @@ class SwiGLUFeedForward(nn.Module):
         self.up = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=bias)
         self.dropout = nn.Dropout(dropout)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Gate and up with biases: Xavier-uniform as one matrix of twice the fan-out."""
+        if self.gate.bias is not None:
+            out, fan_in = self.gate.weight.shape
+            bound = (6 / (fan_in + 2 * out)) ** 0.5
+            for layer in (self.gate, self.up):
+                layer.weight.uniform_(-bound, bound)
 
     def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord | None]:
         return self.down(self.dropout(F.silu(self.gate(x)) * self.up(x))), None

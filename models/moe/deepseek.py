@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from config.schema import DeepSeekConfig
 from core.types import RoutingPlan, RoutingRecord
 from models.moe.dispatch import count_pairs
-from models.moe.routers import plan_of_choices
+from models.moe.routers import first_weight, plan_of_choices
 
 BEST_OF_GROUP = 2
 """A group counts as the sum of so many best scores."""
@@ -24,7 +24,8 @@ class DeepSeekRouter(nn.Module):
 
     Args:
         hidden_size: D.
-        config: `num_experts`, `top_k`, groups, `routed_scaling_factor`, `bias_update_rate`.
+        config: `num_experts`, `top_k`, groups, `routed_scaling_factor`, `bias_update_rate`,
+            `router_init`: published is normal with variance 2 / D.
     """
 
     correction_bias: Tensor
@@ -32,8 +33,8 @@ class DeepSeekRouter(nn.Module):
     def __init__(self, hidden_size: int, config: DeepSeekConfig):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
-        nn.init.xavier_uniform_(self.weight)
+        start = first_weight(config, nn.init.kaiming_normal_)
+        self.weight = nn.Parameter(start(torch.empty(config.num_experts, hidden_size)))
         self.register_buffer("correction_bias", torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor) -> tuple[RoutingPlan, RoutingRecord]:

@@ -53,13 +53,16 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Each expert starts as DiT's MLP does: Xavier-uniform of its own slice, zero biases.
+        """Each expert starts as a dense layer of its kind does: Xavier-uniform, zero biases.
 
         `nn.init.xavier_uniform_` on the whole tensor would take the other experts for fan-in.
+        JiT's SwiGLU with biases draws gate and up as one matrix, of twice the fan-out.
         """
-        bound = math.sqrt(6 / (self.w2.shape[1] + self.w2.shape[2]))
-        self.w1.uniform_(-bound, bound)
-        self.w2.uniform_(-bound, bound)
+        _, H, D = self.w2.shape
+        fan_out = 2 * H if self.mlp == "swiglu_bias" else H
+        for weight, fans in ((self.w1, D + fan_out), (self.w2, H + D)):
+            bound = math.sqrt(6 / fans)
+            weight.uniform_(-bound, bound)
         if self.b1 is not None:
             self.b1.zero_()
             self.b2.zero_()

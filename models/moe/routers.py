@@ -4,26 +4,43 @@ Shapes: B batch, S tokens of one sample, E experts, K choices, G pools of T toke
 (G = B, T = S for the pool of a sample; G = 1, T = B * S for the pool of the batch).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.schema import ExpertChoiceConfig
+from config.schema import ExpertChoiceConfig, MoEConfig, TokenChoiceConfig
 from core.types import RoutingPlan, RoutingRecord
 from models.moe.capacity import CapacityPredictor, quantile_of_kth
 from models.moe.dispatch import chosen_mask, count_pairs
+
+SPREAD = 0.006
+"""Standard deviation of a fresh expert-choice router, at any width, as published."""
+
+
+def first_weight(
+    config: MoEConfig, published: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """What fills the weight of a fresh router, by `router_init`."""
+    return nn.init.xavier_uniform_ if config.router_init == "xavier" else published
 
 
 class Affinity(nn.Module):
     """Token-expert affinity (Eq. 1): softmax over the experts, always in float32.
 
     Eq. 5 leaves the softmax out; Algorithm 3 has it, and so do we.
+
+    Args:
+        hidden_size: D.
+        num_experts: E.
+        start: fills the weight (E, D) of a fresh model.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int):
+    def __init__(self, hidden_size: int, num_experts: int, start: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        nn.init.xavier_uniform_(self.weight)
+        self.weight = nn.Parameter(start(torch.empty(num_experts, hidden_size)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E)."""
@@ -32,15 +49,22 @@ class Affinity(nn.Module):
 
 
 class TokenChoiceRouter(nn.Module):
-    """Every token takes its top-k experts, weighted by affinity (Eq. 2, Algorithm 2)."""
+    """Every token takes its top-k experts, weighted by affinity (Eq. 2, Algorithm 2).
 
-    def __init__(
-        self, hidden_size: int, num_experts: int, top_k: int, balance_loss_weight: float = 0.0
-    ):
+    A fresh weight is uniform within 1 / sqrt(D), as the published TC-DiT draws it.
+
+    Args:
+        hidden_size: D.
+        config: `num_experts`, `top_k`, `balance_loss_weight`, `router_init`.
+    """
+
+    def __init__(self, hidden_size: int, config: TokenChoiceConfig):
         super().__init__()
-        self.affinity = Affinity(hidden_size, num_experts)
-        self.top_k = top_k
-        self.balance_loss_weight = balance_loss_weight
+        published = partial(nn.init.kaiming_uniform_, a=5**0.5)
+        start = first_weight(config, published)
+        self.affinity = Affinity(hidden_size, config.num_experts, start)
+        self.top_k = config.top_k
+        self.balance_loss_weight = config.balance_loss_weight
 
     def forward(self, x: Tensor) -> tuple[RoutingPlan, RoutingRecord]:
         """Plan for `x` (B, S, D) and its record."""
@@ -111,7 +135,8 @@ class ExpertChoiceRouter(nn.Module):
         predictor: CapacityPredictor | None = None,
     ):
         super().__init__()
-        self.affinity = Affinity(hidden_size, config.num_experts)
+        start = first_weight(config, partial(nn.init.normal_, std=SPREAD))
+        self.affinity = Affinity(hidden_size, config.num_experts, start)
         self.predictor = predictor
         self.config = config
         self.training_capacity = config.capacity
