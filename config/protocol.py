@@ -22,6 +22,7 @@ class Protocol:
         per_proc_batch_size: images in a block; routing over the batch depends on it.
         labels: `random` classes, or `balanced` ones in shuffled order.
         pixels: rule from [-1, 1] to uint8, see `data.vae.to_uint8`.
+        tf32: TF32 matrix products on GPUs.
         sampling: sampler, steps, guidance.
     """
 
@@ -31,6 +32,7 @@ class Protocol:
     per_proc_batch_size: int = 32
     labels: Literal["random", "balanced"] = "random"
     pixels: Literal["adm", "dit", "jit"] = "dit"
+    tf32: bool = True
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 

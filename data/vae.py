@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from core.errors import UserError
+from core.precision import exact_float32
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -63,13 +64,17 @@ class VAE:
     def encode_moments(self, images: Tensor) -> Tensor:
         """Mean and log-variance of the posterior, neither shifted nor scaled.
 
+        Never with TF32: latents that are cached and latents that are encoded while training are
+        the same.
+
         Args:
             images: (B, 3, H, W) in [-1, 1]; H and W are multiples of `factor`.
 
         Returns:
             (B, 2C, h, w): C channels of means, then C of log-variances.
         """
-        posterior = self.model.encode(images.to(self.device, torch.float32)).latent_dist
+        with exact_float32():
+            posterior = self.model.encode(images.to(self.device, torch.float32)).latent_dist
         return torch.cat([posterior.mean, posterior.logvar], dim=1)
 
     @torch.no_grad()

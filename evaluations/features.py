@@ -24,6 +24,7 @@ from core.errors import UserError, unknown_name
 from core.files import file_hash
 from core.logging import progress
 from core.npz import NpzReader
+from core.precision import exact_float32
 from data.images import SUFFIXES
 from evaluations.digit_classifier import SIZE, load_classifier, to_float
 from evaluations.inception import SHA256, load_inception
@@ -58,13 +59,8 @@ class InceptionFeatures:
         self.network = load_inception(weights, self.weights_hash, device)
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        before = matmul.allow_tf32, cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = False
-        try:
+        with exact_float32():
             return self.network(images.to(self.device))
-        finally:
-            matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 class DigitFeatures:

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from core.precision import outside_autocast
 from core.types import RoutingRecord
 from models.norms import build_norm
 from models.positions import Rotation
@@ -10,6 +11,25 @@ from models.positions import Rotation
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B, S, D) scaled by 1 + scale and shifted, both (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Modulation(nn.Sequential):
+    """Shifts, scales and gates (B, D) from the condition c (B, D).
+
+    Never under autocast: 1 + scale rounded to bf16 is off by thirteen times what scale is.
+
+    Args:
+        hidden_size: D.
+        count: how many.
+    """
+
+    def __init__(self, hidden_size: int, count: int):
+        super().__init__(nn.SiLU(), nn.Linear(hidden_size, count * hidden_size))
+        self.count = count
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        with outside_autocast(c.device):
+            return super().forward(c).chunk(self.count, dim=1)
 
 
 class DiTBlock(nn.Module):
@@ -34,13 +54,13 @@ class DiTBlock(nn.Module):
         self.attn = attention
         self.norm2 = build_norm(norm, hidden_size)
         self.feed_forward = feed_forward
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.modulation = Modulation(hidden_size, 6)
 
     def forward(
         self, x: Tensor, c: Tensor, rotation: Rotation | None = None
     ) -> tuple[Tensor, RoutingRecord | None]:
         """x (B, S, D) under the condition c (B, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c).chunk(6, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
         y, record = self.feed_forward(modulate(self.norm2(x), shift2, scale2))
         return x + gate2[:, None] * y, record
@@ -53,8 +73,8 @@ class FinalLayer(nn.Module):
         super().__init__()
         self.norm = build_norm(norm, hidden_size)
         self.linear = nn.Linear(hidden_size, patch_features)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.modulation = Modulation(hidden_size, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.modulation(c).chunk(2, dim=1)
+        shift, scale = self.modulation(c)
         return self.linear(modulate(self.norm(x), shift, scale))

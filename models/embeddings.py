@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.precision import outside_autocast
+
 FREQUENCIES = 256
 
 
@@ -27,7 +29,7 @@ def timestep_features(t: Tensor, num_features: int = FREQUENCIES) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Features of the time through an MLP: (B,) -> (B, D)."""
+    """Features of the time through an MLP: (B,) -> (B, D), never under autocast."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -38,7 +40,8 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))
+        with outside_autocast(t.device):
+            return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

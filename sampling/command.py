@@ -20,6 +20,7 @@ from core.distributed import Processes
 from core.errors import UserError
 from core.files import complete_file, file_hash
 from core.logging import get_logger, quiet_other_processes
+from core.precision import set_tf32
 from data.vae import KNOWN_NAMES, VAE, PixelSpace, open_vae, to_uint8
 from models.pretrained import Pretrained, load_pretrained
 from models.sealed import MANIFEST_FILE
@@ -75,14 +76,13 @@ def sample_from_checkpoint(
         UserError: when checkpoint, VAE and flags do not fit each other.
     """
     quiet_other_processes(processes)
-    torch.backends.cuda.matmul.allow_tf32 = flags.tf32
-    torch.backends.cudnn.allow_tf32 = flags.tf32
     pretrained = load_pretrained(flags.ckpt, flags.weights, routing_of(flags))
     if flags.capacity and not pretrained.config.model.moe_blocks():
         raise UserError(
             f"--capacity: {pretrained.path} is a dense model, without routing to record"
         )
     protocol = resolve(flags, pretrained)
+    set_tf32(protocol.tf32)
     vae = open_vae(protocol.vae, processes.device)
     _check_vae(vae, pretrained)
     sampler = Sampler.of(pretrained, protocol.sampling, flags.global_seed, processes.device)
@@ -148,7 +148,7 @@ def _name(flags: argparse.Namespace, pretrained: Pretrained, protocol: Protocol)
         f"b{protocol.per_proc_batch_size}",
         *_differing(settings, plain.sampling, others),
         *([] if vae == own else [f"vae={vae.rstrip('/').rpartition('/')[2]}"]),
-        *_differing(protocol, plain, ("labels", "pixels")),
+        *_differing(protocol, plain, ("labels", "pixels", "tf32")),
         *(f"{key}={value}" for key, value in routing_of(flags).items()),
         *([] if flags.classes is None else [f"classes={','.join(map(str, flags.classes))}"]),
         f"seed{flags.global_seed}",
@@ -190,7 +190,7 @@ def _settings(
         "vae_sha256": vae.weights_hash(),
         "save": flags.save,
         "capacity": flags.capacity,
-        "tf32": flags.tf32,
+        "tf32": protocol.tf32,
         "dtype": "float32",
         "class_names": (pretrained.state["latents"] or {}).get("class_names", []),
         "config": to_plain(dataclasses.asdict(pretrained.config)),

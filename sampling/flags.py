@@ -40,7 +40,11 @@ def sampling_parser() -> argparse.ArgumentParser:
     add("--global-seed", type=int, default=0, help="of noise and labels; default 0")
     add("--vae", help="mse, ema, a hub id or a local folder; default: the checkpoint's")
     add("--sample-dir", type=Path, default=Path("samples"), help="for the files; default samples")
-    add("--tf32", action="store_true", help="TF32 matrix products on GPUs: faster, less exact")
+    add(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        help="TF32 matrix products on GPUs, as published samplers have them; default yes",
+    )
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if any")
     add("--save", choices=SAVE, default="npz", help="images: one PNG each; default npz")
     add("--inference", choices=["topk", "dynamic", "fixed"], help="routing; default: config's")
@@ -117,7 +121,7 @@ def resolve(flags: argparse.Namespace, pretrained: Pretrained) -> Protocol:
     if flags.classes is not None:
         changes["num_fid_samples"] = len(flags.classes) * flags.num_per_class
     protocol = dataclasses.replace(protocol, **changes)
-    validate(dataclasses.replace(config, sampling=protocol.sampling))
+    validate(dataclasses.replace(config, sampling=protocol.sampling), world_size=None)
     if config.data.vae_path is None and protocol.vae is not None:
         source = "--vae" if flags.vae is not None else f"--protocol {flags.protocol}: vae"
         raise UserError(

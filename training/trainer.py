@@ -14,6 +14,7 @@ from core.distributed import Processes
 from core.errors import UserError
 from core.files import complete_file, complete_folder
 from core.logging import get_logger, quiet_other_processes
+from core.precision import set_tf32
 from core.rng import derive_seed
 from data.loader import training_batches
 from data.sources import training_data
@@ -53,8 +54,7 @@ class Trainer:
 
     def __init__(self, config: Config, processes: Processes):
         quiet_other_processes(processes)
-        torch.backends.cuda.matmul.allow_tf32 = config.train.tf32
-        torch.backends.cudnn.allow_tf32 = config.train.tf32
+        set_tf32(config.train.tf32)
         self.config, self.processes = config, processes
         self.run_dir = Path(config.run_dir)
         self.data = training_data(config, processes)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from core.precision import outside_autocast
+
 
 class CapacityPredictor(nn.Module):
     """A two-layer MLP (Eq. 10) that learns which tokens each expert takes.
@@ -24,8 +26,14 @@ class CapacityPredictor(nn.Module):
         self.register_buffer("thresholds", torch.zeros(num_experts))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (T, E) float32 for `tokens` (T, D), through which no gradient flows back."""
-        return self.mlp(tokens.detach()).float()
+        """Logits (T, E) float32 for `tokens` (T, D), through which no gradient flows back.
+
+        The last product is float32 under autocast too: thresholds are quantiles of its values,
+        of which bf16 would make many equal.
+        """
+        hidden = self.mlp[:2](tokens.detach())
+        with outside_autocast(tokens.device):
+            return self.mlp[2](hidden.to(self.mlp[2].weight.dtype)).float()
 
     def counts(self, logits: Tensor, threshold: float | None = None) -> Tensor:
         """Tokens above a threshold, by default the dynamic ones (Eq. 14).

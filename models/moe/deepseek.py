@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.schema import DeepSeekConfig
+from core.precision import outside_autocast
 from core.types import RoutingPlan, RoutingRecord
 from models.moe.dispatch import count_pairs
 from models.moe.routers import first_weight, plan_of_choices
@@ -40,7 +41,7 @@ class DeepSeekRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[RoutingPlan, RoutingRecord]:
         """Plan for `x` (B, S, D) and its record."""
         B, S, _ = x.shape
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
             scores = F.linear(x.float(), self.weight.float()).sigmoid().flatten(0, 1)  # (T, E)
         expert = self.choose(scores.detach() + self.correction_bias)  # (T, K)
         gate = scores.gather(1, expert)

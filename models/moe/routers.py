@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config.schema import ExpertChoiceConfig, MoEConfig, TokenChoiceConfig
+from core.precision import outside_autocast
 from core.types import RoutingPlan, RoutingRecord
 from models.moe.capacity import CapacityPredictor, quantile_of_kth
 from models.moe.dispatch import chosen_mask, count_pairs
@@ -44,7 +45,7 @@ class Affinity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., E)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with outside_autocast(x.device):
             return F.linear(x.float(), self.weight.float()).softmax(dim=-1)
 
 

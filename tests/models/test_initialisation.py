@@ -41,7 +41,9 @@ def test_every_kind_of_parameter_starts_as_published(name):
         assert abs(values.mean() - facts["mean"]) <= 7.1 * spread / n**0.5 + 1e-6, kind
         assert abs(values.std() - spread) <= 5 * spread / n**0.5 + 1e-6, kind
         if facts["absmax"] < 1.75 * spread or spread == 0:  # uniform, or constant
-            assert abs(values.abs().max() - facts["absmax"]) <= 30 / n * facts["absmax"] + 1e-6, kind
+            assert abs(values.abs().max() - facts["absmax"]) <= 30 / n * facts["absmax"] + 1e-6, (
+                kind
+            )
         else:
             assert values.abs().max() > 2.5 * spread, kind
 
