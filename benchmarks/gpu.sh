@@ -19,10 +19,10 @@ mkdir -p "$out"
     echo "== The whole step, bf16, compiled, batch 256 in forward passes of 64"
     python -m benchmarks.train_step --device cuda --precision bf16 --compile --batch-size 256 \
         --micro-batch-size 64 --repeats 5 --out "$out/gpu_step_L.json" \
-        --config config/dit_L_flow.yaml config/diffmoe_L_E16_flow.yaml \
-        config/ecdit_L_E16_flow.yaml config/tcdit_L_E16_flow.yaml
+        --config dit/L_flow diffmoe/L_E16_flow \
+        ecdit/L_E16_flow tcdit/L_E16_flow
     echo "== The whole step, bf16, not compiled"
     python -m benchmarks.train_step --device cuda --precision bf16 --batch-size 256 \
         --micro-batch-size 64 --repeats 5 --out "$out/gpu_step_L_eager.json" \
-        --config config/dit_L_flow.yaml config/diffmoe_L_E16_flow.yaml
+        --config dit/L_flow diffmoe/L_E16_flow
 } | tee "$out/gpu_tables.txt"

@@ -1,4 +1,4 @@
-"""python -m benchmarks.train_step --config config/dit_S_flow.yaml config/diffmoe_S_E16_flow.yaml
+"""python -m benchmarks.train_step --config dit/S_flow diffmoe/S_E16_flow
 
 The whole optimizer step of one process on random latents (forward, backward, clipping, optimizer,
 thresholds, averages) for each config, as ratios to the first one: time, images/s, memory, and MFU
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import alternate, machine, report
+from config.files import find_config
 from config.load import load_config
 from config.schema import Config
 from core.distributed import Processes
@@ -28,9 +29,9 @@ from training.parallel import prepare
 from training.step import TrainStep
 
 
-def settings_of(path: Path, flags: argparse.Namespace) -> Config:
+def settings_of(name: str, flags: argparse.Namespace) -> Config:
     """A config with the benchmark's batch and ways to compute."""
-    config = load_config(path)
+    config = load_config(find_config(name))
     train = dataclasses.replace(
         config.train,
         global_batch_size=flags.batch_size,
@@ -69,9 +70,9 @@ def stepper(config: Config, device: torch.device) -> Callable[[], object]:
     return call
 
 
-def measure(path: Path, flags: argparse.Namespace, device: torch.device) -> dict:
+def measure(name: str, flags: argparse.Namespace, device: torch.device) -> dict:
     """One config by itself, so that only its model is in memory."""
-    config = settings_of(path, flags)
+    config = settings_of(name, flags)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -101,7 +102,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--config", type=Path, nargs="+", required=True, help="the first one is the baseline")
+    add("--config", nargs="+", required=True, help="the first one is the baseline")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     add("--batch-size", type=int, default=32, help="images of a step")
     add("--micro-batch-size", type=int, help="images of a forward pass; by default all")
@@ -117,14 +118,14 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse_flags(argv)
     device = torch.device(flags.device)
     found: dict[Path, dict] = {}
-    for path in [*flags.config, *reversed(flags.config)]:
-        row = measure(path, flags, device)
-        if path not in found or row["seconds"] < found[path]["seconds"]:
-            found[path] = row
+    for name in [*flags.config, *reversed(flags.config)]:
+        row = measure(name, flags, device)
+        if name not in found or row["seconds"] < found[name]["seconds"]:
+            found[name] = row
     first = found[flags.config[0]]["seconds"]
     rows = [
-        {"config": path.stem, "step / first": row["seconds"] / first, **row}
-        for path, row in found.items()
+        {"config": name, "step / first": row["seconds"] / first, **row}
+        for name, row in found.items()
     ]
     settings = {k: str(v) for k, v in vars(flags).items()} | machine(device)
     title = f"batch {flags.batch_size}, {flags.precision}{', compiled' if flags.compile else ''}"

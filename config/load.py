@@ -1,9 +1,7 @@
 """From YAML files and flags to one checked `Config`.
 
-A file may name another as its `base:` and then holds its differences only. Flags such as
-`--optim.lr 2e-4` come last. Sections with a `name:` key (`model.feed_forward`, `objective`) get
-the dataclass of that name; when a name changes, keys that the new one does not have are dropped
-from what stood below, so that `--model.feed_forward.name dense` works on any file.
+`config.files` reads the files; flags such as `--optim.lr 2e-4` come last. Sections with a `name:`
+key (`model.feed_forward`, `objective`) get the dataclass of that name.
 """
 
 import argparse
@@ -20,15 +18,17 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from config.files import chosen, find_config, merge, read_file, run_name
 from config.schema import CHOICES, SAMPLERS, Config
 from config.sizes import SIZES
 from config.validate import validate
 from core.errors import ConfigError, unknown_name
 
+CONFIG_HELP = "YAML file, or a name such as diffmoe/L_E16_flow; flags below override its keys"
 SIZE_HELP = f"shorthand for hidden_size, depth and num_heads: {', '.join(SIZES)}"
 
 
-def parse_config(argv: list[str], prog: str, world_size: int = 1) -> Config:
+def parse_config(argv: list[str], prog: str, world_size: int | None = 1) -> Config:
     """The run that command line `argv` describes; exits after --help and --print_config.
 
     Raises:
@@ -36,14 +36,15 @@ def parse_config(argv: list[str], prog: str, world_size: int = 1) -> Config:
     """
     argv = [_underscored(word) for word in argv]
     early = _early_flags(argv)
-    raw = read_file(Path(early.config)) if early.config else {}
+    path = None if early.config is None else find_config(early.config)
+    raw = {} if path is None else read_file(path)
     for key, name in vars(early).items():
         if key in CHOICES:
             raw = merge(raw, _nested(key, {"name": name}))
     raw = _expand_size(raw, early.size)
-    parser = _parser_with_defaults(prog, raw, early.config)
+    parser = _parser_with_defaults(prog, raw, path)
     flags = _call(parser.parse_args, [word for word in argv if word != "--print_config"])
-    config = _finish(flags.as_dict(), default_run=_run_name(early.config))
+    config = _finish(flags.as_dict(), default_run=run_name(path))
     validate(config, world_size)
     if early.print_config:
         sys.stdout.write(dump_config(config))
@@ -54,8 +55,8 @@ def parse_config(argv: list[str], prog: str, world_size: int = 1) -> Config:
 def load_config(path: Path) -> Config:
     """The config in a YAML file alone, for instance the resolved one of a run."""
     raw = _expand_size(read_file(path), None)
-    parser = _parser_with_defaults("config", raw, str(path))
-    config = _finish(parser.get_defaults().as_dict(), default_run=_run_name(str(path)))
+    parser = _parser_with_defaults("config", raw, path)
+    config = _finish(parser.get_defaults().as_dict(), default_run=run_name(path))
     validate(config, world_size=None)
     return config
 
@@ -80,44 +81,6 @@ def typed_file(path: Path, kind: type) -> Any:
 def dump_config(config: Config) -> str:
     """YAML text of a config, every key resolved; `load_config` reads it back."""
     return yaml.safe_dump(to_plain(dataclasses.asdict(config)), sort_keys=False)
-
-
-def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict:
-    """A YAML file merged over its `base:` files, as plain nested dictionaries."""
-    path = path.resolve()
-    if path in seen:
-        raise ConfigError(f"{path}: base: files form a circle")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"--config: no file {path}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file: {error}") from None
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys, not {type(raw).__name__}")
-    base = raw.pop("base", None)
-    if base is None:
-        return raw
-    if not isinstance(base, str):
-        raise ConfigError(f"{path}: base: must be one file name, not {base!r}")
-    return merge(read_file(path.parent / base, (*seen, path)), raw)
-
-
-def merge(below: dict, above: dict, at: str = "") -> dict:
-    """`above` over `below`, section by section; see the top of this file for `name:` keys."""
-    merged = dict(below)
-    if at in CHOICES and "name" in above and above["name"] != below.get("name"):
-        choice = _chosen(at, above["name"])
-        known_before = {f.name for c in CHOICES[at].values() for f in dataclasses.fields(c)}
-        kept = {f.name for f in dataclasses.fields(choice)}
-        merged = {k: v for k, v in below.items() if k in kept or k not in known_before}
-    for key, value in above.items():
-        old = merged.get(key)
-        path = f"{at}.{key}" if at else str(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = merge(old, value, path) if both else value
-    return merged
 
 
 def _underscored(word: str) -> str:
@@ -155,7 +118,7 @@ def _expand_size(raw: dict, flag: str | None) -> dict:
     return raw | {"model": model}
 
 
-def _parser_with_defaults(prog: str, raw: dict, source: str | None) -> jsonargparse.ArgumentParser:
+def _parser_with_defaults(prog: str, raw: dict, source: Path | None) -> jsonargparse.ArgumentParser:
     """A parser whose defaults are the checked values of `raw`, read from the file `source`."""
     try:
         parser = _parser(prog, raw)
@@ -169,11 +132,15 @@ def _parser(prog: str, raw: dict) -> jsonargparse.ArgumentParser:
     """A parser with one flag for each key of the dataclasses that `raw` chooses."""
     parser = jsonargparse.ArgumentParser(
         prog=prog,
-        usage="%(prog)s --config config/NAME.yaml [--KEY VALUE ...]",
+        usage="%(prog)s --config NAME [--KEY VALUE ...]",
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=str, help="YAML file; flags below override its keys")
+    parser.add_argument(
+        "--config",
+        type=str,
+        help="YAML file, or a name such as diffmoe/L_E16_flow; flags below override its keys",
+    )
     parser.add_argument("--print_config", action="store_true", help="print the run and exit")
     parser.add_argument("--model.size", type=str, help=SIZE_HELP)
     _add_section(parser, "", Config, raw)
@@ -220,15 +187,8 @@ def _section_class(path: str, kind: Any, raw: Any) -> type | None:
     if path in CHOICES:
         defaults = {"model.feed_forward": "diffmoe", "objective": "flow"}
         name = raw.get("name", defaults[path]) if isinstance(raw, dict) else defaults[path]
-        return _chosen(path, name)
+        return chosen(path, name)
     return kind if dataclasses.is_dataclass(kind) else None
-
-
-def _chosen(section: str, name: Any) -> type:
-    try:
-        return CHOICES[section][name]
-    except (KeyError, TypeError):
-        raise unknown_name(f"{section}.name", name, CHOICES[section], ConfigError) from None
 
 
 def _check_keys(at: str, raw: dict, known: list[str]) -> None:
@@ -299,10 +259,6 @@ def _build(at: str, kind: type, values: dict) -> Any:
         section = _section_class(path, types[key], value)
         made[key] = _build(path, section, value) if section is not None else value
     return kind(**made)
-
-
-def _run_name(config: str | None) -> str:
-    return f"runs/{Path(config).stem if config else 'default'}"
 
 
 def _nested(path: str, value: Any) -> dict:

@@ -17,6 +17,10 @@ class DenseConfig:
 
     name: Literal["dense"] = "dense"
 
+    def pools_batch(self) -> bool:
+        """Whether what a sample gets depends on the others of its micro-batch."""
+        return False
+
 
 @dataclass
 class MoEConfig:
@@ -42,6 +46,20 @@ class MoEConfig:
     shared_intermediate_size: int = 0
     router_init: Literal["published", "xavier"] = "published"
 
+    def experts_per_token(self) -> float:
+        """Experts that compute a token in training, on average: C of Eq. 8.
+
+        Every layer says it for itself; parameters at work and FLOPs follow from it.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.experts_per_token: not said")
+
+    def pools_batch(self) -> bool:
+        """Whether what a sample gets depends on the others of its micro-batch.
+
+        If so, the micro-batch is a part of the experiment, and never changed silently.
+        """
+        return False
+
 
 @dataclass
 class TokenChoiceConfig(MoEConfig):
@@ -56,6 +74,10 @@ class TokenChoiceConfig(MoEConfig):
     name: Literal["token_choice"] = "token_choice"
     top_k: int = 1
     balance_loss_weight: float = 0.01
+
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
 
 
 @dataclass
@@ -85,6 +107,10 @@ class DeepSeekConfig(MoEConfig):
     routed_scaling_factor: float = 1.0
     bias_update_rate: float = 0.001
     zero_masked_groups: bool = False
+
+    def experts_per_token(self) -> float:
+        """K."""
+        return float(self.top_k)
 
 
 @dataclass
@@ -121,6 +147,14 @@ class ExpertChoiceConfig(MoEConfig):
     capacity_schedule: tuple[int, int] | None = None
     round_share_first: bool = False
 
+    def experts_per_token(self) -> float:
+        """C."""
+        return self.capacity
+
+    def pools_batch(self) -> bool:
+        """Where the pool is the batch."""
+        return self.pool == "batch"
+
 
 @dataclass
 class DiffMoEConfig(ExpertChoiceConfig):
@@ -135,9 +169,6 @@ class DiffMoEConfig(ExpertChoiceConfig):
     capacity_predictor: bool = True
     inference: Literal["topk", "dynamic", "fixed"] = "dynamic"
 
-
-TopKConfig = TokenChoiceConfig | DeepSeekConfig
-"""Layers in which every token takes as many experts."""
 
 FeedForwardConfig = (
     DenseConfig | TokenChoiceConfig | ExpertChoiceConfig | DiffMoEConfig | DeepSeekConfig

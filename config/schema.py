@@ -13,7 +13,6 @@ from config.model import (
     DiffMoEConfig,
     ExpertChoiceConfig,
     ModelConfig,
-    MoEConfig,
     TokenChoiceConfig,
 )
 

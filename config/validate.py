@@ -38,6 +38,19 @@ def accumulation_steps(config: Config, world_size: int) -> int:
     return config.train.global_batch_size // (config.train.micro_batch_size * world_size)
 
 
+def fitting_micro_batch(config: Config, world_size: int) -> int:
+    """The largest micro-batch up to the config's with which the processes share a step evenly.
+
+    Args:
+        config: whose global_batch_size `world_size` divides.
+        world_size: processes.
+    """
+    share = config.train.global_batch_size // world_size
+    return next(
+        n for n in range(min(config.train.micro_batch_size, share), 0, -1) if share % n == 0
+    )
+
+
 def _check_ranges(config: Config) -> None:
     data, optim, train = config.data, config.optim, config.train
     at_least = {
@@ -141,12 +154,26 @@ def _check_data(config: Config) -> None:
 
 
 def _check_batch(config: Config, world_size: int) -> None:
+    """Whether the processes share a step evenly.
+
+    Where routing does not see the batch, the trainer takes a smaller micro-batch by itself.
+    """
     micro, total = config.train.micro_batch_size, config.train.global_batch_size
+    together, layer = micro * world_size, config.model.feed_forward
+    multiple = max(1, round(total / together)) * together
     require(
-        total % (micro * world_size) == 0,
-        f"train.global_batch_size: {total} is not a multiple of train.micro_batch_size {micro} x "
-        f"{world_size} process(es); allowed here: multiples of {micro * world_size}, or a smaller "
-        "train.micro_batch_size (which changes the token pool)",
+        total % world_size == 0,
+        f"train.global_batch_size: {total} images cannot be shared by {world_size} processes; add "
+        f"--train.global_batch_size {multiple}",
+    )
+    fitting = fitting_micro_batch(config, world_size)
+    tokens = fitting * (config.model.input_size // config.model.patch_size) ** 2
+    require(
+        fitting == micro or not layer.pools_batch(),
+        f"train.micro_batch_size: {micro} images x {world_size} process(es) do not divide "
+        f"train.global_batch_size {total}; add --train.micro_batch_size {fitting}, which makes the "
+        f"{layer.name} layer's pool {fitting} images ({tokens} tokens), or "
+        f"--train.global_batch_size {multiple}, which keeps it",
     )
 
 

@@ -6,7 +6,6 @@ from config.model import (
     ModelConfig,
     MoEConfig,
     TokenChoiceConfig,
-    TopKConfig,
 )
 from core.errors import ConfigError
 
@@ -31,7 +30,7 @@ def check_model(model: ModelConfig, micro_batch_size: int) -> None:
         _check_widths(model, layer)
     if isinstance(layer, ExpertChoiceConfig):
         _check_expert_choice(layer, tokens * (micro_batch_size if layer.pool == "batch" else 1))
-    if isinstance(layer, TopKConfig):
+    if isinstance(layer, TokenChoiceConfig | DeepSeekConfig):
         _check_top_k(layer, tokens * micro_batch_size)
     if isinstance(layer, DeepSeekConfig):
         _check_groups(layer)
@@ -131,7 +130,7 @@ def _check_widths(model: ModelConfig, layer: MoEConfig) -> None:
     )
 
 
-def _check_top_k(layer: TopKConfig, tokens: int) -> None:
+def _check_top_k(layer: TokenChoiceConfig | DeepSeekConfig, tokens: int) -> None:
     require(
         1 <= layer.top_k <= layer.num_experts,
         f"{AT}.top_k: {layer.top_k} is not in 1 ... num_experts ({layer.num_experts})",

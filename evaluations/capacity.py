@@ -14,7 +14,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from config.load import build_config
-from config.model import DeepSeekConfig, TopKConfig
 from core.errors import UserError, command
 from core.files import complete_file
 from core.logging import get_logger
@@ -92,7 +91,7 @@ def numbers(run: CapacityRun) -> dict[str, float]:
     model = build_config(run.record["config"]).model
     summary, capacity = summarize(model), found["C_infer (Eq. 15)"]
     found["activated parameters, counted"] = summary.activated(capacity)
-    if not isinstance(model.feed_forward, DeepSeekConfig):  # of experts as wide as dense layers
+    if summary.fits_equation:
         found["activated parameters, Eq. 40"] = summary.activated_by_equation(capacity)
     return found
 
@@ -100,11 +99,11 @@ def numbers(run: CapacityRun) -> dict[str, float]:
 def draw(run: CapacityRun, out: Path) -> list[Path]:
     """The figures of a set, as PNGs in `out`.
 
-    Where every token takes as many experts, only which ones they are tells something.
+    Where every token had as many experts, only which ones they are tells something.
     """
     shares = over_classes(run.table)
     figures = {"experts": expert_figure(shares[:, 0])}
-    if not isinstance(build_config(run.record["config"]).model.feed_forward, TopKConfig):
+    if np.ptp(run.table.maps) > 0:
         figures |= _capacity_figures(run, shares)
     paths = []
     for name, figure in figures.items():

@@ -20,6 +20,8 @@ class Attention(nn.Module):
         dropout: of the output.
     """
 
+    role = "attention"
+
     def __init__(
         self,
         hidden_size: int,

@@ -23,6 +23,8 @@ class Modulation(nn.Sequential):
         count: how many.
     """
 
+    role = "adaLN"
+
     def __init__(self, hidden_size: int, count: int):
         super().__init__(nn.SiLU(), nn.Linear(hidden_size, count * hidden_size))
         self.count = count
@@ -41,6 +43,8 @@ class DiTBlock(nn.Module):
         feed_forward: (B, S, D) -> ((B, S, D), RoutingRecord or None).
         norm: kind of normalisation before both.
     """
+
+    role = "norm"
 
     def __init__(
         self,
@@ -69,11 +73,14 @@ class DiTBlock(nn.Module):
 class FinalLayer(nn.Module):
     """Modulated norm and the projection to patches: (B, S, D) -> (B, S, patch_features)."""
 
+    role = "output"
+
     def __init__(self, hidden_size: int, patch_features: int, norm: str = "layernorm"):
         super().__init__()
         self.norm = build_norm(norm, hidden_size)
         self.linear = nn.Linear(hidden_size, patch_features)
         self.modulation = Modulation(hidden_size, 2)
+        self.modulation.role = "final adaLN"
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c)

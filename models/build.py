@@ -60,7 +60,7 @@ def _moe(config: ModelConfig, router: nn.Module, dropout: float) -> MoEFeedForwa
     shared = None
     if layer.shared_mlp != "none":
         shared = build_mlp(layer.shared_mlp, D, layer.shared_intermediate_size, dropout)
-    return MoEFeedForward(router, experts, shared)
+    return MoEFeedForward(router, experts, layer.experts_per_token(), shared)
 
 
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {

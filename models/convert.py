@@ -1,4 +1,4 @@
-"""python -m models.convert --official FILE.pt --config config/X.yaml --out DIR
+"""python -m models.convert --official FILE.pt --config dit/XL_ddpm --out DIR [--KEY VALUE ...]
 python -m models.convert --to-official CHECKPOINT --out FILE.pt
 python -m models.convert --gather CHECKPOINT --out DIR
 
@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config.load import dump_config, load_config
+from config.load import dump_config, parse_config
 from config.official_export import check_exportable
+from config.schema import Config
 from core.errors import UserError, command
 from core.files import complete_file, complete_folder
 from core.logging import get_logger
@@ -93,14 +94,13 @@ def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
 
 
-def import_official(path: Path, config_path: Path, out: Path) -> None:
+def import_official(path: Path, config: Config, out: Path) -> None:
     """Write a checkpoint folder with the weights of an official file.
 
     `ema.safetensors` has the averaged weights where the file has them, else the live ones. A
     second average becomes the first of the config's optim.extra_ema_decays.
     """
     parts = read_official(path)
-    config = load_config(config_path)
     names = {"model": "model", "ema": "ema"}
     if "ema2" in parts and config.optim.extra_ema_decays:
         names["ema2"] = f"ema_{config.optim.extra_ema_decays[0]:g}"
@@ -173,17 +173,23 @@ def main() -> None:
     direction.add_argument("--official", type=Path, help="published .pt file")
     direction.add_argument("--to-official", type=Path, help="checkpoint or run folder of ours")
     direction.add_argument("--gather", type=Path, help="sharded checkpoint, to be single files")
-    parser.add_argument("--config", type=Path, help="config of the published model")
+    parser.add_argument("--config", help="with --official: config of the published model")
     parser.add_argument("--out", type=Path, required=True, help="folder, or .pt file")
-    flags = parser.parse_args()
+    flags, keys = parser.parse_known_args()
+    if keys and flags.config is None:
+        parser.error(f"unrecognized arguments: {' '.join(keys)}")
     if flags.to_official is not None:
         export_official(flags.to_official, flags.out)
     elif flags.gather is not None:
         gather_shards(flags.gather, flags.out)
     elif flags.config is None:
-        raise UserError("--config: needed with --official, a YAML file that describes the model")
+        raise UserError(
+            "--config: needed with --official, a YAML file or a name, that describes the model"
+        )
     else:
-        import_official(flags.official, flags.config, flags.out)
+        argv = ["--config", flags.config, *keys]
+        config = parse_config(argv, "models.convert", world_size=None)
+        import_official(flags.official, config, flags.out)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,13 @@ class DiT(nn.Module):
     Args:
         config: shape of the model; `learn_sigma` doubles the channels of the prediction.
         feed_forward: makes the feed-forward layer of block i.
+
+    Attributes:
+        role: a module with a role names what its parameters are for, down to modules within that
+            have another; `parameters_by_role` counts them.
     """
+
+    role = "embedding"
 
     def __init__(self, config: ModelConfig, feed_forward: Callable[[int], nn.Module]):
         super().__init__()
@@ -100,6 +106,17 @@ class DiT(nn.Module):
         for layer in (*zero, self.final.modulation[1], self.final.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def parameters_by_role(self) -> dict[str, int]:
+        """Number of trainable parameters by the role that the modules name."""
+        counts: dict[str, int] = {}
+        todo = [(self, self.role)]
+        while todo:
+            module, role = todo.pop()
+            own = sum(p.numel() for p in module.parameters(recurse=False) if p.requires_grad)
+            counts[role] = counts.get(role, 0) + own
+            todo += [(child, getattr(child, "role", role)) for child in module.children()]
+        return {role: count for role, count in counts.items() if count}
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
         """Prediction for noisy latents or images.

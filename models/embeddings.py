@@ -31,6 +31,8 @@ def timestep_features(t: Tensor, num_features: int = FREQUENCIES) -> Tensor:
 class TimestepEmbedder(nn.Module):
     """Features of the time through an MLP: (B,) -> (B, D), never under autocast."""
 
+    role = "time embedding"
+
     def __init__(self, hidden_size: int):
         super().__init__()
         self.mlp = nn.Sequential(

@@ -24,6 +24,8 @@ class DenseFeedForward(nn.Module):
         dropout: of the hidden features.
     """
 
+    role = "dense FFN"
+
     def __init__(
         self,
         hidden_size: int,
@@ -46,6 +48,8 @@ class SwiGLUFeedForward(nn.Module):
 
     The one with biases is JiT's, whose gate and up are one matrix when they are drawn.
     """
+
+    role = "dense FFN"
 
     def __init__(
         self, hidden_size: int, intermediate_size: int, bias: bool = False, dropout: float = 0.0

@@ -344,7 +344,7 @@ def test_what_the_quickstart_asks_of_its_configs(name, wanted):
     [
         ("quickstart_mine", "base: {root}/config/quickstart_dsmoe.yaml"),  # that one's folder
         ("quickstart_mine", "run_dir: runs/quickstart_mine"),
-        ("mine", "base: {root}/config/dit_S_flow.yaml"),
+        ("mine", "base: dit/S_flow"),
     ],
 )
 def test_the_quickstart_takes_no_config_whose_folder_is_not_its_own(tmp_path, name, text):

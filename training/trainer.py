@@ -1,6 +1,7 @@
 """The training loop."""
 
 import copy
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import torch
 
 from config.load import dump_config
 from config.schema import Config
+from config.validate import fitting_micro_batch
 from core.distributed import Processes
 from core.errors import UserError
 from core.files import complete_file, complete_folder
@@ -49,12 +51,32 @@ def train(config: Config, processes: Processes) -> None:
         Trainer(config, processes).fit()
 
 
+def _shared_evenly(config: Config, processes: Processes) -> Config:
+    """The config with a micro-batch that this number of processes shares a step by.
+
+    A smaller one is the same training, since `validate` lets it through only where routing does
+    not see the batch.
+    """
+    fitting = fitting_micro_batch(config, processes.world_size)
+    if fitting == config.train.micro_batch_size:
+        return config
+    log.info(
+        "train.micro_batch_size: %d instead of %d, so that %d processes share %d images",
+        *(fitting, config.train.micro_batch_size),
+        *(processes.world_size, config.train.global_batch_size),
+    )
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, micro_batch_size=fitting)
+    )
+
+
 class Trainer:
     """One run: model, averages, optimizer and data of this process."""
 
     def __init__(self, config: Config, processes: Processes):
         quiet_other_processes(processes)
         set_tf32(config.train.tf32)
+        config = _shared_evenly(config, processes)
         self.config, self.processes = config, processes
         self.run_dir = Path(config.run_dir)
         self.data = training_data(config, processes)

@@ -13,6 +13,7 @@ class CapacityPredictor(nn.Module):
     trainer does, once per step, from the quantiles that the layers report (Eq. 17).
     """
 
+    role = "predictor"
     thresholds: Tensor
 
     def __init__(self, hidden_size: int, num_experts: int, threshold_decay: float):

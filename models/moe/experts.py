@@ -31,6 +31,8 @@ class Experts(nn.Module):
         dropout: of the hidden features.
     """
 
+    role = "routed experts"
+
     def __init__(
         self,
         num_experts: int,

@@ -20,14 +20,33 @@ class MoEFeedForward(nn.Module):
     Args:
         router: (B, S, D) -> (RoutingPlan, RoutingRecord).
         experts: computes the pairs of the plan.
+        experts_per_token: experts that compute a token in training, on average.
         shared: a dense layer that every token goes through besides, with weight 1; or None.
     """
 
-    def __init__(self, router: nn.Module, experts: Experts, shared: nn.Module | None = None):
+    role = "router"
+
+    def __init__(
+        self,
+        router: nn.Module,
+        experts: Experts,
+        experts_per_token: float = 1.0,
+        shared: nn.Module | None = None,
+    ):
         super().__init__()
         self.router = router
         self.experts = experts
+        self.experts_per_token = experts_per_token
         self.shared = shared
+        if shared is not None:
+            shared.role = "shared experts"
+
+    def flops_per_token(self) -> float:
+        """Of the forward pass in training, matrix products only: two for each weight at work."""
+        routed = self.experts.w1.numel() + self.experts.w2.numel()
+        others = [self.router] if self.shared is None else [self.router, self.shared]
+        rest = sum(w.numel() for part in others for w in part.parameters() if w.dim() == 2)
+        return 2 * (rest + routed * self.experts_per_token / len(self.experts.w1))
 
     def _routed(self, tokens: Tensor, plan: RoutingPlan) -> Tensor:
         """(T, D) float32 sum of the experts' outputs for `tokens` (T, D).

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.schema import ExpertChoiceConfig, MoEConfig, TokenChoiceConfig
+from config.model import ExpertChoiceConfig, MoEConfig, TokenChoiceConfig
 from core.precision import outside_autocast
 from core.types import RoutingPlan, RoutingRecord
 from models.moe.capacity import CapacityPredictor, quantile_of_kth

@@ -129,13 +129,13 @@ ROOT = Path(__file__).parents[2]
 DSMOE = json.loads((ROOT / "tests/golden/published_dsmoe.json").read_text())
 JIT = json.loads((ROOT / "tests/golden/published_jit.json").read_text())
 SHIPPED = {
-    "S_E16_Flow_half_misx2_s1a2_rope2d_l10": "dsmoe_S_E16_flow",
-    "S_E48_Flow_half_misx0.3_s1a5_rope2d_l12": "dsmoe_S_E48_flow",
-    "B_E16_Flow_half_misx2_s1a2_rope2d_l10": "dsmoe_B_E16_flow",
-    "B_E48_Flow_half_misx0.3_s1a5_rope2d_l12": "dsmoe_B_E48_flow",
-    "L_E16_Flow_half_misx2_s1a2_rope2d_l20": "dsmoe_L_E16_flow",
-    "L_E48_Flow_half_misx0.4_s1a5_rope2d_l24": "dsmoe_L_E48_flow",
-    "3B_E16_Flow_half_misx2.5_s1a2_rope2d_l30": "dsmoe_3B_E16_flow",
+    "S_E16_Flow_half_misx2_s1a2_rope2d_l10": "dsmoe/S_E16_flow",
+    "S_E48_Flow_half_misx0.3_s1a5_rope2d_l12": "dsmoe/S_E48_flow",
+    "B_E16_Flow_half_misx2_s1a2_rope2d_l10": "dsmoe/B_E16_flow",
+    "B_E48_Flow_half_misx0.3_s1a5_rope2d_l12": "dsmoe/B_E48_flow",
+    "L_E16_Flow_half_misx2_s1a2_rope2d_l20": "dsmoe/L_E16_flow",
+    "L_E48_Flow_half_misx0.4_s1a5_rope2d_l24": "dsmoe/L_E48_flow",
+    "3B_E16_Flow_half_misx2.5_s1a2_rope2d_l30": "dsmoe/3B_E16_flow",
 }
 """Published files of DSMoE, and ours of the same run."""
 
@@ -218,12 +218,12 @@ def test_skipped_blocks_of_dsmoe():
 @pytest.mark.parametrize(
     ("name", "ours"),
     [
-        ("JiT-B/16", "jit_B16"),
-        ("JiT-L/16", "jit_L16"),
-        ("JiT-H/16", "jit_H16"),
-        ("JiT-B/16-E16", "jitmoe_B16_E16"),
-        ("JiT-L/16-E16", "jitmoe_L16_E16"),
-        ("JiT-H/16-E16", "jitmoe_H16_E16"),
+        ("JiT-B/16", "jit/B16"),
+        ("JiT-L/16", "jit/L16"),
+        ("JiT-H/16", "jit/H16"),
+        ("JiT-B/16-E16", "jit/B16_E16"),
+        ("JiT-L/16-E16", "jit/L16_E16"),
+        ("JiT-H/16-E16", "jit/H16_E16"),
     ],
 )
 def test_our_jit_configs_are_the_published_ones(name, ours):

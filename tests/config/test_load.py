@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from config.files import known_configs
 from config.load import dump_config, load_config, parse_config
 from config.schema import DenseConfig, DiffMoEConfig, TokenChoiceConfig
 from core.errors import ConfigError
@@ -126,7 +127,7 @@ def test_size_stands_for_three_keys(tmp_path):
         ("- 1", r"a config is a mapping of keys, not list"),
         ("a: [", r"not a readable YAML file"),
         ("seed: !!python/object/apply:os.getcwd []", r"not a readable YAML file"),
-        ("base: [a.yaml]", r"base: must be one file name"),
+        ("base: [a.yaml]", r"base: must be one file or name"),
         ("base: run.yaml", r"base: files form a circle"),
         ("base: missing.yaml", r"no file .*missing\.yaml"),
     ],
@@ -156,6 +157,40 @@ def test_bad_files_are_refused(tmp_path, text, wanted):
 def test_bad_flags_are_refused(argv, wanted):
     with pytest.raises(ConfigError, match=wanted):
         parse(*argv)
+
+
+@pytest.mark.parametrize("name", ["diffmoe/L_E16_flow", "diffmoe/L_E16_flow.yaml"])
+def test_configs_have_names_whatever_the_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse("--config", name)
+    assert config.run_dir == "runs/diffmoe_L_E16_flow"
+    assert (config.model.hidden_size, config.model.feed_forward.num_experts) == (1024, 16)
+
+
+def test_a_config_of_ones_own_stands_on_a_name(tmp_path):
+    path = write(tmp_path / "mine.yaml", "base: dit/S_flow\nmodel: {depth: 3}")
+    config = parse("--config", path)
+    assert (config.model.depth, config.run_dir) == (3, "runs/mine")
+    assert config.model.feed_forward.name == "dense"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("diffmoe/L_E16", "diffmoe/L_E16_flow"),
+        ("config/dit_S_flow.yaml", "dit/S_flow"),
+        ("difmoe/XL_E16_flow", "diffmoe/XL_E16_flow"),
+    ],
+)
+def test_an_unknown_name_lists_near_ones(name, near):
+    with pytest.raises(ConfigError, match=rf"--config: no file .*{name}.*near it: .*\b{near}\b"):
+        parse("--config", name)
+
+
+def test_common_ground_and_protocols_are_no_runs():
+    known = known_configs()
+    assert "quickstart" in known
+    assert not [name for name in known if "imagenet256" in name or "protocols" in name]
 
 
 def test_print_config_prints_what_it_would_run(capsys, tmp_path):

@@ -63,7 +63,7 @@ def parse(*argv, world_size=1):
             ["--model.feed_forward.capacity_predictor", "false"],
             r"inference: 'dynamic' needs .*capacity_predictor true; allowed without: topk",
         ),
-        (["--train.global_batch_size", "100"], r"100 is not a multiple of .* 64 x 1 process"),
+        (["--train.global_batch_size", "100"], r"64 images x 1 process\(es\) do not divide .* 100"),
         (["--objective.loss_weighting", "velocity"], r"'velocity' means nothing for a predicted"),
         (["--objective.train_eps", "0.5"], r"objective\.train_eps: 0\.5 is not in \[0, 0\.5\)"),
         (["--sampling.last_step_size", "0"], r"last_step_size: 0\.0 is not in \(0, 1\)"),
@@ -167,7 +167,7 @@ def test_impossible_combinations(argv, wanted):
 def test_global_batch_over_processes_and_accumulation():
     assert accumulation_steps(parse(world_size=4), 4) == 1
     assert accumulation_steps(parse(world_size=2), 2) == 2
-    with pytest.raises(ConfigError, match=r"256 is not a multiple of .* 64 x 8 process"):
+    with pytest.raises(ConfigError, match=r"64 images x 8 process\(es\) do not divide .* 256"):
         parse(world_size=8)
     eight = parse("--train.micro_batch_size", "32", world_size=8)
     assert accumulation_steps(eight, 8) == 1

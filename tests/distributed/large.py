@@ -15,7 +15,7 @@ from models.build import build_model
 from training.parallel import local, shard
 from training.trainer import train
 
-CONFIG = "config/dsmoe_3B_E16_flow.yaml"
+CONFIG = "dsmoe/3B_E16_flow"
 
 
 def narrow(out: Path, cache: str, vae: str) -> list[str]:

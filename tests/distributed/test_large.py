@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-from launch import ROOT, on_two_processes
+from launch import on_two_processes
 
 from config.load import parse_config
 from core.distributed import Processes
@@ -13,7 +13,7 @@ from models.build import build_model
 from models.pretrained import find_checkpoint, read_tensors, weights_path
 from training.parallel import local, shard
 
-CONFIG = str(ROOT / "config/dsmoe_3B_E16_flow.yaml")
+CONFIG = "dsmoe/3B_E16_flow"
 TOTAL = 3_101_669_024
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from config.load import to_plain
+from config.load import load_config, to_plain
 from config.official_export import check_exportable
 from config.schema import (
     DeepSeekConfig,
@@ -58,7 +58,7 @@ def test_a_training_checkpoint_in_and_out(official, config_path, tmp_path):
     file, folder = tmp_path / "official.pt", tmp_path / "ours"
     args = argparse.Namespace(model="x", seed=1)
     torch.save({"model": state, "ema": averaged(state), "opt": {"lr": 1}, "args": args}, file)
-    import_official(file, config_path, folder)
+    import_official(file, load_config(config_path), folder)
     live, ema = (to_official(load_pretrained(folder, w).model) for w in ("model", "ema"))
     for name, tensor in state.items():
         assert torch.equal(live[name], tensor), name
@@ -72,7 +72,7 @@ def test_a_training_checkpoint_in_and_out(official, config_path, tmp_path):
 def test_a_flat_file_gives_both_weights(official, config_path, tmp_path):
     state, _ = official
     torch.save(state, tmp_path / "flat.pt")
-    import_official(tmp_path / "flat.pt", config_path, tmp_path / "ours")
+    import_official(tmp_path / "flat.pt", load_config(config_path), tmp_path / "ours")
     for weights in ("model", "ema"):
         model = load_pretrained(tmp_path / "ours", weights).model
         assert torch.equal(
@@ -194,7 +194,7 @@ def test_a_denoisers_checkpoint_with_two_averages_in_and_out(jit, jit_config, tm
 
     file, folder = tmp_path / "official.pth", tmp_path / "ours"
     torch.save({n: shifted(by) for n, by in shift.items()} | {"epoch": 3}, file)
-    import_official(file, jit_config, folder)
+    import_official(file, load_config(jit_config), folder)
     names = {"model": "model", "ema": "model_ema1", "ema_0.9996": "model_ema2"}
     for ours, theirs in names.items():
         found = to_official(load_pretrained(folder, ours).model)
@@ -210,7 +210,7 @@ def test_a_denoisers_checkpoint_with_two_averages_in_and_out(jit, jit_config, tm
 
 def test_a_safetensors_file_is_read(jit, jit_config, tmp_path):
     save_file(jit[0], tmp_path / "weights.safetensors")
-    import_official(tmp_path / "weights.safetensors", jit_config, tmp_path / "ours")
+    import_official(tmp_path / "weights.safetensors", load_config(jit_config), tmp_path / "ours")
     found = to_official(load_pretrained(tmp_path / "ours").model)
     assert all(torch.equal(found[name], tensor) for name, tensor in jit[0].items())
 
@@ -229,7 +229,7 @@ def test_a_second_average_without_a_name_is_left_out_aloud(jit, jit_config, tmp_
     parts = ("model", "model_ema1", "model_ema2")
     torch.save(dict.fromkeys(parts, jit[0]), tmp_path / "official.pth")
     with caplog.at_level("WARNING", logger="diffmoe"):
-        import_official(tmp_path / "official.pth", jit_config, tmp_path / "ours")
+        import_official(tmp_path / "official.pth", load_config(jit_config), tmp_path / "ours")
     assert "its second average is left out; optim.extra_ema_decays names none" in caplog.text
 
 

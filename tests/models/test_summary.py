@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from config.load import load_config
+from config.load import load_config, parse_config
 from config.schema import (
     DenseConfig,
     DiffMoEConfig,
@@ -19,7 +19,7 @@ from config.sizes import SIZES
 from models.summary import summarize
 
 ROOT = Path(__file__).parents[2]
-CONFIG = "config/diffmoe_S_E16_ddpm.yaml"
+CONFIG = "diffmoe/S_E16_ddpm"
 COUNTS = json.loads((ROOT / "tests" / "golden" / "counts.json").read_text())
 MORE_COUNTS = json.loads((ROOT / "tests" / "golden" / "counts_efficient_moe.json").read_text())
 LAYERS = {
@@ -101,19 +101,19 @@ def test_the_command_prints_json():
 
 
 PUBLISHED = {
-    "dsmoe_S_E16_flow": ("DSMoE/config/000_DSMoE_S_E16_Flow_half_misx2_s1a2_rope2d_l10", 33),
-    "dsmoe_S_E48_flow": ("DSMoE/config/000_DSMoE_S_E48_Flow_half_misx0.3_s1a5_rope2d_l12", 30),
-    "dsmoe_B_E16_flow": ("DSMoE/config/000_DSMoE_B_E16_Flow_half_misx2_s1a2_rope2d_l10", 132),
-    "dsmoe_B_E48_flow": ("DSMoE/config/000_DSMoE_B_E48_Flow_half_misx0.3_s1a5_rope2d_l12", 118),
-    "dsmoe_L_E16_flow": ("DSMoE/config/000_DSMoE_L_E16_Flow_half_misx2_s1a2_rope2d_l20", 465),
-    "dsmoe_L_E48_flow": ("DSMoE/config/000_DSMoE_L_E48_Flow_half_misx0.4_s1a5_rope2d_l24", 436),
-    "dsmoe_3B_E16_flow": ("DSMoE/config/000_DSMoE_3B_E16_Flow_half_misx2.5_s1a2_rope2d_l30", 965),
-    "jit_B16": ("JiT-B/16 256px", None),
-    "jit_L16": ("JiT-L/16 256px", None),
-    "jit_H16": ("JiT-H/16 256px", None),
-    "jitmoe_B16_E16": ("JiT-B/16-E16 256px", 133),
-    "jitmoe_L16_E16": ("JiT-L/16-E16 256px", None),
-    "jitmoe_H16_E16": ("JiT-H/16-E16 256px", None),
+    "dsmoe/S_E16_flow": ("DSMoE/config/000_DSMoE_S_E16_Flow_half_misx2_s1a2_rope2d_l10", 33),
+    "dsmoe/S_E48_flow": ("DSMoE/config/000_DSMoE_S_E48_Flow_half_misx0.3_s1a5_rope2d_l12", 30),
+    "dsmoe/B_E16_flow": ("DSMoE/config/000_DSMoE_B_E16_Flow_half_misx2_s1a2_rope2d_l10", 132),
+    "dsmoe/B_E48_flow": ("DSMoE/config/000_DSMoE_B_E48_Flow_half_misx0.3_s1a5_rope2d_l12", 118),
+    "dsmoe/L_E16_flow": ("DSMoE/config/000_DSMoE_L_E16_Flow_half_misx2_s1a2_rope2d_l20", 465),
+    "dsmoe/L_E48_flow": ("DSMoE/config/000_DSMoE_L_E48_Flow_half_misx0.4_s1a5_rope2d_l24", 436),
+    "dsmoe/3B_E16_flow": ("DSMoE/config/000_DSMoE_3B_E16_Flow_half_misx2.5_s1a2_rope2d_l30", 965),
+    "jit/B16": ("JiT-B/16 256px", None),
+    "jit/L16": ("JiT-L/16 256px", None),
+    "jit/H16": ("JiT-H/16 256px", None),
+    "jit/B16_E16": ("JiT-B/16-E16 256px", 133),
+    "jit/L16_E16": ("JiT-L/16-E16 256px", None),
+    "jit/H16_E16": ("JiT-H/16-E16 256px", None),
 }
 """Config, entry of the counts, and the README's activated millions, which are 2^20 each."""
 
@@ -133,15 +133,16 @@ def test_configs_of_the_second_paper_have_the_published_counts(name):
 
 
 def test_the_printed_figures_of_dense_jit_are_plain_millions():
-    for name, printed in (("jit_B16", 131), ("jit_L16", 459)):
+    for name, printed in (("jit/B16", 131), ("jit/L16", 459)):
         found = summarize(load_config(ROOT / "config" / f"{name}.yaml").model)
         assert round(found.activated(1.0) / 1e6) == printed
 
 
 @pytest.mark.parametrize("size", ["S_E16", "S_E48", "B_E16", "B_E48", "L_E16", "L_E48", "3B_E16"])
 def test_dsmoe_under_ddpm_is_the_same_model(size):
+    argv = ["--config", f"dsmoe/{size}_flow"]
     flow, ddpm = (
-        load_config(ROOT / "config" / f"dsmoe_{size}_{objective}.yaml")
+        parse_config([*argv, "--objective.name", objective], "train.py")
         for objective in ("flow", "ddpm")
     )
     assert flow.model == ddpm.model

@@ -1,0 +1,101 @@
+"""The YAML files: finding them by name, and reading them merged over their `base:` files.
+
+A file may name another as its `base:` and then holds its differences only. When the `name:` of a
+section changes, keys that the new one does not have are dropped from what stood below, so that
+`--model.feed_forward.name dense` works on any file.
+"""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from config.schema import CHOICES
+from core.errors import ConfigError, unknown_name
+
+FOLDER = Path(__file__).resolve().parent
+NOT_RUNS = ("imagenet256", "protocols")
+"""Common ground of a family's runs, and the folder of evaluations: no runs by themselves."""
+
+
+def known_configs() -> list[str]:
+    """Names of the runs that come with the project: `diffmoe/L_E16_flow`, `quickstart`."""
+    names = (path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.yaml"))
+    return sorted(name.as_posix() for name in names if not set(name.parts) & set(NOT_RUNS))
+
+
+def find_config(name: str, field: str = "--config") -> Path:
+    """The file `name`, or the project's own config of that name, with or without `.yaml`.
+
+    Raises:
+        ConfigError: there is neither; names that are near are listed.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    bare = name.removesuffix(".yaml")
+    own = FOLDER / f"{bare}.yaml"
+    if bare and own.is_file():
+        return own
+    known = known_configs()
+    wanted = "/".join(Path(bare).parts[-2:]).removeprefix("config/")
+    near = difflib.get_close_matches(wanted, known, n=4, cutoff=0.5)
+    listed = f"near it: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+    raise ConfigError(f"{field}: no file {name}, and no config of that name; {listed}")
+
+
+def run_name(path: Path | None) -> str:
+    """The run folder of a config that names none: `runs/diffmoe_L_E16_flow`."""
+    if path is None:
+        return "runs/default"
+    path = path.resolve()
+    own = path.is_relative_to(FOLDER)
+    parts = (path.relative_to(FOLDER) if own else Path(path.name)).with_suffix("").parts
+    return f"runs/{'_'.join(parts)}"
+
+
+def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """A YAML file merged over its `base:` files, as plain nested dictionaries."""
+    path = path.resolve()
+    if path in seen:
+        raise ConfigError(f"{path}: base: files form a circle")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a readable YAML file: {error}") from None
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys, not {type(raw).__name__}")
+    base = raw.pop("base", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: must be one file or name, not {base!r}")
+    below = path.parent / base
+    below = below if below.is_file() else find_config(base, f"{path}: base")
+    return merge(read_file(below, (*seen, path)), raw)
+
+
+def merge(below: dict, above: dict, at: str = "") -> dict:
+    """`above` over `below`, section by section; see the top of this file for `name:`."""
+    merged = dict(below)
+    if at in CHOICES and "name" in above and above["name"] != below.get("name"):
+        choice = chosen(at, above["name"])
+        known_before = {f.name for c in CHOICES[at].values() for f in dataclasses.fields(c)}
+        kept = {f.name for f in dataclasses.fields(choice)}
+        merged = {k: v for k, v in below.items() if k in kept or k not in known_before}
+    for key, value in above.items():
+        old = merged.get(key)
+        path = f"{at}.{key}" if at else str(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = merge(old, value, path) if both else value
+    return merged
+
+
+def chosen(section: str, name: Any) -> type:
+    """The dataclass of a section whose `name:` is `name`."""
+    try:
+        return CHOICES[section][name]
+    except (KeyError, TypeError):
+        raise unknown_name(f"{section}.name", name, CHOICES[section], ConfigError) from None
