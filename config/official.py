@@ -29,12 +29,14 @@ class Family:
     Attributes:
         keywords: of the constructor, with their defaults.
         moe_keys: of MoE_config; True for those that must be there.
+        always_moe: there is no such model without experts.
         build: (all keywords, MoE_config) -> our config.
     """
 
     keywords: dict[str, Any]
     moe_keys: dict[str, bool]
     build: Callable[[dict, dict], ModelConfig]
+    always_moe: bool = False
 
 
 def official_config(family: str, ctor: Mapping[str, Any]) -> ModelConfig:
@@ -60,14 +62,17 @@ def official_config(family: str, ctor: Mapping[str, Any]) -> ModelConfig:
         if name not in known.moe_keys:
             raise unknown_name(section, name, known.moe_keys)
     missing = [name for name, needed in known.moe_keys.items() if needed and name not in moe]
-    if missing and (moe or family == "dsmoe"):
-        raise UserError(
-            f"{section}.{missing[0]}: missing; the official code fails without it, and what it "
-            "would mean is not known"
-        )
+    if missing and (moe or known.always_moe):
+        raise _missing(f"{section}.{missing[0]}")
     model = known.build(values, moe)
     check_model(model, micro_batch_size=ANY)
     return model
+
+
+def _missing(key: str) -> UserError:
+    return UserError(
+        f"{key}: missing; the official code fails without it, and what it would mean is not known"
+    )
 
 
 def _dit_model(feed_forward: Callable[[dict, dict], FeedForwardConfig]) -> Callable:
@@ -110,6 +115,9 @@ def _expert_choice(values: dict, moe: dict) -> ExpertChoiceConfig:
 def _diffmoe(values: dict, moe: dict) -> DiffMoEConfig:
     schedule = moe.get("capacity_schedule")
     stages = ("capacity_schedule_stage_I_iters", "capacity_schedule_stage_II_iters")
+    for stage in stages if schedule else ():
+        if stage not in schedule:
+            raise _missing(f"MoE_config.capacity_schedule.{stage}")
     # Whatever the count, one GELU MLP of width 8 D is shared.
     shared = {"shared_mlp": "gelu", "shared_intermediate_size": 8 * values["hidden_size"]}
     return DiffMoEConfig(
@@ -225,10 +233,10 @@ FAMILIES: dict[str, Family] = {
     "dit": Family(DIT, MOE_KEYS, _dit_model(_dense)),
     "sit": Family(DIT, MOE_KEYS, _dit_model(_dense)),
     "diffmoe_dense": Family(DIT, MOE_KEYS, _dit_model(_dense)),
-    "diffmoe_tc": Family(DIT, MOE_KEYS, _dit_model(_token_choice)),
-    "diffmoe_ec": Family(DIT, MOE_KEYS, _dit_model(_expert_choice)),
-    "diffmoe": Family(DIT, MOE_KEYS, _dit_model(_diffmoe)),
-    "dsmoe": Family(DSMOE, DSMOE_KEYS, _dsmoe_model),
+    "diffmoe_tc": Family(DIT, MOE_KEYS, _dit_model(_token_choice), always_moe=True),
+    "diffmoe_ec": Family(DIT, MOE_KEYS, _dit_model(_expert_choice), always_moe=True),
+    "diffmoe": Family(DIT, MOE_KEYS, _dit_model(_diffmoe), always_moe=True),
+    "dsmoe": Family(DSMOE, DSMOE_KEYS, _dsmoe_model, always_moe=True),
     "jit": Family(JIT, JIT_KEYS, _jit_model),
 }
 """Families of official models by the name that importers give."""

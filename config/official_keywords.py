@@ -47,8 +47,8 @@ JIT = {
 
 MOE_KEYS = {
     "n_shared_experts": False,
-    "num_experts": False,
-    "capacity": False,
+    "num_experts": True,
+    "capacity": True,
     "init_MoeMLP": False,
     "interleave": False,
     "capacity_schedule": False,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from config.official import official_config
-from config.schema import DiffMoEConfig, ModelConfig
+from config.schema import ModelConfig
 from core.errors import UserError
 from models.build import build_model
 from models.dit import DiT
-from models.official_entries import entries
+from models.official_entries import entries, has_predictor
 
 
 def from_official(family: str, ctor: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiT:
@@ -57,10 +57,17 @@ def load_official(model: DiT, config: ModelConfig, state: Mapping[str, Tensor]) 
             ) from None
         tensors |= zip(entry.ours, parts, strict=True)
     for name, own in model.state_dict().items():
-        if tensors[name].shape != own.shape:
+        there, here = tuple(tensors[name].shape), tuple(own.shape)
+        if there != here:
+            hint = ""
+            if name.startswith("final.linear") and max(there[0], here[0]) == 2 * min(
+                there[0], here[0]
+            ):
+                wanted = str(there[0] > here[0]).lower()
+                hint = f"; they fit with model.learn_sigma {wanted}: twice the outputs, or not"
             raise UserError(
-                f"official checkpoint: {name} is {tuple(tensors[name].shape)}, the model of these "
-                f"keywords has {tuple(own.shape)}"
+                f"official checkpoint: {name} is {there}, the model of these keywords has {here}"
+                f"{hint}"
             )
     _check_constants(model, state)
     model.load_state_dict(tensors)
@@ -73,11 +80,21 @@ def to_official(model: DiT, tensors: Mapping[str, Tensor] | None = None) -> dict
         model: from `build_model` or `from_official`.
         tensors: other tensors under names of our state, gradients for instance; by default the
             model's parameters and buffers, with the official constants (positions, decay).
+
+    Raises:
+        UserError: a tensor has no official name.
     """
     whole = tensors is None
     source = model.state_dict() if whole else tensors
     result = {}
-    for entry in entries(model.config):
+    known = entries(model.config)
+    unnamed = source.keys() - {name for entry in known for name in entry.ours}
+    if unnamed:
+        raise UserError(
+            f"official names: none for {len(unnamed)} tensor(s), first {min(unnamed)}; no "
+            "published model has them"
+        )
+    for entry in known:
         if all(name in source for name in entry.ours):
             parts = entry.split([source[name] for name in entry.ours])
             result |= zip(entry.official, parts, strict=True)
@@ -96,7 +113,7 @@ def constants(model: DiT) -> tuple[dict[str, Tensor], dict[str, float]]:
     if model.config.positions == "sincos":
         values["pos_embed"] = model.positions[None]
     layer = model.config.feed_forward
-    if isinstance(layer, DiffMoEConfig):
+    if has_predictor(model.config):
         for i in model.config.moe_blocks():
             name = f"blocks.{i}.mlp.ema_decay"
             values[name], tolerance[name] = torch.tensor([layer.threshold_decay]), 1e-3

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config.schema import DeepSeekConfig, DiffMoEConfig, ModelConfig, TokenChoiceConfig
+from config.schema import DeepSeekConfig, ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 
 Tensors = list[Tensor]
 
@@ -69,6 +69,12 @@ def halves_of_neighbours(head_dim: int) -> Tensor:
 def is_jit(config: ModelConfig) -> bool:
     """Whether the names are those of JiT."""
     return config.bottleneck_size is not None
+
+
+def has_predictor(config: ModelConfig) -> bool:
+    """Whether the layers have a capacity predictor: DiffMoE, and other pools with one (Table 8)."""
+    layer = config.feed_forward
+    return isinstance(layer, ExpertChoiceConfig) and layer.capacity_predictor
 
 
 def _same(ours: str, official: str | None = None) -> Entry:
@@ -181,7 +187,7 @@ def _router(config: ModelConfig, ours: str, official: str) -> list[Entry]:
         ]
     gate = "gate.weight" if isinstance(layer, TokenChoiceConfig) else "gate_weight"
     pairs = [_same(f"{ours}.affinity.weight", f"{official}.{gate}")]
-    if isinstance(layer, DiffMoEConfig):
+    if has_predictor(config):
         pairs.append(_same(f"{ours}.predictor.thresholds", f"{official}.expert_threshold"))
         for part in (0, 2):
             theirs = f"{official}.capacity_predictor.{part}"

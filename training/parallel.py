@@ -90,7 +90,7 @@ def prepare(model: DiT, config: Config, processes: Processes) -> nn.Module:
         model.enable_gradient_checkpointing()
     if config.train.compile:
         for block in model.blocks:
-            block.compile()
+            compile_block(block)
     if processes.world_size == 1 or isinstance(model, FSDPModule):
         return model
     cuda = processes.device.type == "cuda"
@@ -103,6 +103,15 @@ def prepare(model: DiT, config: Config, processes: Processes) -> nn.Module:
         gradient_as_bucket_view=True,
         **{sync: False},
     )
+
+
+def compile_block(block: nn.Module, **options) -> None:
+    """Compile a block in place.
+
+    Shapes stay fixed: the blocks of JiT have two lengths of the sequence, and a second one would
+    make it a symbol in every graph.
+    """
+    block.compile(dynamic=False, **options)
 
 
 @contextmanager

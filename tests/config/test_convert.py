@@ -207,6 +207,24 @@ def test_dropout_of_jit_is_that_of_its_blocks():
         dropout(0.2, 0.1)
 
 
+@pytest.mark.parametrize("family", ["diffmoe_tc", "diffmoe_ec", "diffmoe"])
+@pytest.mark.parametrize("missing", ["num_experts", "capacity", "MoE_config"])
+def test_missing_keys_of_an_official_constructor_are_named(family, missing):
+    moe = {"num_experts": 4, "capacity": 1, "n_shared_experts": 0, "interleave": True}
+    ctor = {"MoE_config": {key: value for key, value in moe.items() if key != missing}}
+    if missing == "MoE_config":
+        ctor, missing = {}, "num_experts"
+    with pytest.raises(UserError, match=rf"MoE_config\.{missing}: missing"):
+        official_config(family, ctor)
+
+
+def test_a_capacity_schedule_without_its_steps_is_named():
+    schedule = {"capacity_schedule_stage_I_iters": 5}
+    moe = {"num_experts": 4, "capacity": 1, "interleave": True, "capacity_schedule": schedule}
+    with pytest.raises(UserError, match=r"capacity_schedule\.capacity_schedule_stage_II_iters: m"):
+        official_config("diffmoe", {"MoE_config": moe})
+
+
 def test_skipped_blocks_of_dsmoe():
     name = "DSMoE/000_DSMoE_S_E16_Flow_half_misx2_s1a2_rope2d_l10.yaml"
     params = DSMOE[name]["model"]["params"]

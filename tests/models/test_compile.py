@@ -13,6 +13,7 @@ from config.schema import (
     TokenChoiceConfig,
 )
 from models.build import build_model
+from training.parallel import compile_block
 
 SHARED = {"shared_mlp": "swiglu", "shared_intermediate_size": 16}
 
@@ -68,6 +69,31 @@ def test_a_training_block_has_no_graph_break(variant, mlp):
         found = dynamo.explain(block)(x, c)
     assert found.graph_break_count == 0, found.break_reasons
     assert found.graph_count == 1
+
+
+def test_blocks_before_and_after_the_class_tokens_have_fixed_shapes():
+    """JiT's sequence grows at `context_start`, which must not make its length a symbol."""
+    shapes = []
+
+    def backend(graph, inputs):
+        shapes.append([n.meta["example_value"] for n in graph.graph.nodes if n.op == "placeholder"])
+        return graph.forward
+
+    config = ModelConfig(
+        **(SHAPE | {"depth": 4}), context_tokens=3, context_start=2, feed_forward=DenseConfig()
+    )
+    made = build_model(config).train()
+    for block in made.blocks:
+        compile_block(block, backend=backend)
+    made(torch.randn(3, 4, 4, 4), torch.rand(3), torch.tensor([0, 1, 3]))
+    tokens = {
+        t.shape[1]
+        for inputs in shapes
+        for t in inputs
+        if isinstance(t, torch.Tensor) and t.dim() == 3
+    }
+    assert tokens == {16, 19}
+    assert all(type(t) is int for t in tokens)
 
 
 def test_a_block_with_every_option_of_the_backbone_has_no_graph_break():

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -279,3 +280,54 @@ def test_every_recorded_model_may_go_back(path):
     tensors, config, metadata = load_case(path)
     if metadata["source"].split(",")[0] in FAMILIES and any("state." in key for key in tensors):
         check_exportable(ModelCase(tensors, config, metadata).model(training=False).config)
+
+
+def test_no_tensor_is_dropped_on_the_way_out():
+    """Expert choice with a predictor, a row of Table 8, has five tensors more than without."""
+    layer = ExpertChoiceConfig(num_experts=4, capacity_predictor=True, inference="dynamic")
+    shape = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
+    model = build_model(ModelConfig(**shape, feed_forward=layer))
+    official = to_official(model)
+    predictor = [name for name in official if "capacity_predictor" in name or "threshold" in name]
+    assert len(predictor) == 5
+    fresh = build_model(model.config)
+    load_official(fresh, model.config, official)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+
+
+def test_a_tensor_without_an_official_name_is_refused():
+    shape = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
+    model = build_model(ModelConfig(**shape, feed_forward=DenseConfig()))
+    model.blocks[1].extra = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"none for 2 tensor\(s\), first blocks\.1\.extra\.bias"):
+        to_official(model)
+
+
+def test_weights_with_twice_the_outputs_say_which_key_they_want(official):
+    state, ctor = official
+    model = build_model(dataclasses.replace(from_official("diffmoe", ctor, state).config))
+    other = dataclasses.replace(model.config, learn_sigma=not model.config.learn_sigma)
+    with pytest.raises(
+        UserError, match=r"final\.linear\.weight .*they fit with model\.learn_sigma true"
+    ):
+        load_official(build_model(other), other, state)
+
+
+def test_the_command_takes_keys_of_the_config(official, config_path, tmp_path):
+    state, _ = official
+    torch.save(state, tmp_path / "official.pt")
+    values = yaml.safe_load(config_path.read_text())
+    values["model"]["learn_sigma"] = False
+    config_path.write_text(yaml.safe_dump(values))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "models.convert", "--official", tmp_path / "official.pt"),
+            *("--config", config_path, "--out", tmp_path / "ours", "--model.learn_sigma", "true"),
+        ],
+        cwd=GOLDEN.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert load_pretrained(tmp_path / "ours").config.model.learn_sigma is True

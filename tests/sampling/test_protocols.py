@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from config.protocol import known_protocols, load_protocol
-from config.schema import Config, DDPMConfig, SamplingConfig
+from config.schema import Config, DDPMConfig, ParallelConfig, SamplingConfig
 from core.errors import ConfigError, UserError
 from sampling.flags import resolve, sampling_parser
 
@@ -69,6 +69,19 @@ def test_a_protocol_replaces_the_checkpoints_settings_and_flags_replace_its():
     flagged = resolved("--protocol", "sit_dopri5_cfg1.5", *flags, "--no-overshoot", "--vae", "mse")
     assert (flagged.num_fid_samples, flagged.per_proc_batch_size) == (12, 4)
     assert (flagged.labels, flagged.vae, flagged.sampling.overshoot) == ("balanced", "mse", False)
+
+
+def test_a_checkpoint_of_a_hybrid_sharded_run_is_sampled_by_one_process():
+    pretrained = checkpoint()
+    pretrained.config.parallel = ParallelConfig("fsdp", shard_size=8)
+    found = resolve(sampling_parser().parse_args(["--ckpt", "CKPT"]), pretrained)
+    assert found.sampling.num_steps == 7
+
+
+def test_tf32_is_on_unless_it_is_switched_off():
+    assert resolved().tf32 is True
+    assert resolved("--no-tf32").tf32 is False
+    assert resolved("--protocol", "sit_heun125_cfg1.0", "--no-tf32").tf32 is False
 
 
 def test_published_spellings_of_the_sde_are_taken():
