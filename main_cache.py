@@ -12,6 +12,7 @@ torchrun --nproc_per_node=8 main_cache.py --data_path IMAGENET/train --cached_pa
 import argparse
 import os
 
+from core.command_line import Parser, natural, positive
 from core.distributed import NO_HURRY, processes
 from core.errors import UserError, command
 from core.logging import quiet_other_processes
@@ -20,56 +21,34 @@ from data.manifest import DTYPES
 
 
 def parse() -> argparse.Namespace:
-    """The command line, with the published spellings and their hyphenated forms."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[1],
-        epilog="ImageNet at 256 x 256 on 8 GPUs: " + __doc__.split("\n\n")[2].strip(),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-
-    def flag(name: str, **options) -> None:
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", **options)
-
-    flag("data_path", default=argparse.SUPPRESS, help="image folder: DATA_PATH/<class>/<images>")
-    flag("cached_path", required=True, default=argparse.SUPPRESS, help="folder to write")
-    flag("img_size", type=positive, default=256, help="side of the cropped images, in pixels")
-    flag(
-        "vae_path",
+    """The command line."""
+    example = "ImageNet at 256 x 256 on 8 GPUs: " + __doc__.split("\n\n")[2].strip()
+    parser = Parser("main_cache.py", __doc__, epilog=example)
+    add = parser.add_argument
+    add("--data-path", default=argparse.SUPPRESS, help="image folder: DATA_PATH/<class>/<images>")
+    add("--cached-path", required=True, default=argparse.SUPPRESS, help="folder to write")
+    add("--img-size", type=positive, default=256, help="side of the cropped images, in pixels")
+    add(
+        "--vae-path",
         default="stabilityai/sd-vae-ft-mse",
         help="VAE: a hub id, a local folder made by save_pretrained, mse or ema",
     )
-    flag("batch_size", type=positive, default=128, help="images per forward pass")
+    add("--batch-size", type=positive, default=128, help="images per forward pass")
     workers = min(4, os.cpu_count() or 1)
-    flag("num_workers", type=natural, default=workers, help="reading processes of each process")
-    flag("shard_size", type=positive, default=4096, help="images per file")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of stored moments")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if any"
-    )
-    flag("on_error", choices=("stop", "skip"), default="stop", help="at an unreadable image")
-    flag(
-        "vae_dtype",
+    add("--num-workers", type=natural, default=workers, help="reading processes of each process")
+    add("--shard-size", type=positive, default=4096, help="images per file")
+    add("--dtype", choices=DTYPES, default="float16", help="of stored moments")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if any")
+    add("--on-error", choices=("stop", "skip"), default="stop", help="at an unreadable image")
+    add(
+        "--vae-dtype",
         choices=("float32", "bfloat16"),
         default="float32",
         help="of the encoder; the difference that bfloat16 makes is printed",
     )
-    parser.add_argument("--overwrite", action="store_true", help="start anew, whatever is there")
-    parser.add_argument("--verify", action="store_true", help="re-read a cache's checksums only")
+    add("--overwrite", action="store_true", help="start anew, whatever is there")
+    add("--verify", action="store_true", help="re-read a cache's checksums only")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """A whole number, 0 or above."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
 
 
 @command

@@ -28,6 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from benchmarks.measure import alternate, machine, report
+from core.command_line import Parser, positive
+from core.errors import command
 from data.dataset import LatentDataset
 from data.latents import LatentCache, Moments
 from data.manifest import MANIFEST, VIEWS, Manifest, Shard
@@ -227,15 +229,14 @@ def cold(root: Path, work: list, flags: argparse.Namespace) -> list[dict]:
     return rows
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, measure and report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--shard-size", type=int, default=4096, help="images per file")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = Parser("benchmarks.latent_loader", __doc__)
+    parser.add_argument("--images", type=positive, default=20_000, help="latents in the cache")
+    parser.add_argument("--batch-size", type=positive, default=256, help="latents of a batch")
+    parser.add_argument("--shard-size", type=positive, default=4096, help="images per file")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds; the median counts")
     parser.add_argument("--dir", type=Path, help="where files are written; a temporary folder")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     flags = parser.parse_args(argv)

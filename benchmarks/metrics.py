@@ -4,7 +4,6 @@ Seconds and extra memory of the Fréchet distance and of precision and recall at
 on random features.
 """
 
-import argparse
 import resource
 import time
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import machine, report
+from core.command_line import Parser, positive
+from core.errors import command
 from evaluations.metrics import frechet_distance, precision_recall, statistics
 
 WIDTH = 2048
@@ -28,14 +29,13 @@ def measured(name: str, call: Callable[[], object]) -> dict[str, object]:
     return {"what": name, "seconds": seconds, "GiB more": more / 2**20}
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, measure and report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[1], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--samples", type=int, default=50_000)
-    parser.add_argument("--references", type=int, default=10_000)
-    parser.add_argument("--width", type=int, default=WIDTH)
+    parser = Parser("benchmarks.metrics", __doc__)
+    parser.add_argument("--samples", type=positive, default=50_000, help="images, N")
+    parser.add_argument("--references", type=positive, default=10_000, help="reference images, M")
+    parser.add_argument("--width", type=positive, default=WIDTH, help="of the features")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     flags = parser.parse_args(argv)
     draws = torch.Generator().manual_seed(0)

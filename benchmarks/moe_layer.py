@@ -24,6 +24,8 @@ from config.schema import (
     ModelConfig,
     TokenChoiceConfig,
 )
+from core.command_line import Parser, positive
+from core.errors import command
 from models.build import FEED_FORWARDS
 from training.router_state import capacity_predictors
 
@@ -174,24 +176,21 @@ def compare(flags: argparse.Namespace) -> list[dict]:
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.moe_layer",
-        description=__doc__.split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("benchmarks.moe_layer", __doc__)
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     add("--compile", action="store_true", help="compile our layers (not the baselines)")
     add("--family", choices=FAMILIES, default="diffmoe", help="whose layers")
-    add("--hidden-size", type=int, default=384, help="D")
+    add("--hidden-size", type=positive, default=384, help="D")
     add("--num-experts", type=int, nargs="+", default=[16], help="E of diffmoe, one table for each")
-    add("--tokens", type=int, default=4096, help="in the batch, a multiple of 256")
-    add("--repeats", type=int, default=15, help="rounds through all layers")
+    add("--tokens", type=positive, default=4096, help="in the batch, a multiple of 256")
+    add("--repeats", type=positive, default=15, help="rounds through all layers")
     add("--out", type=Path, help="JSON file; a number of experts is put into its name")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Measure and report, for each number of experts."""
     flags = parse_flags(argv)

@@ -19,7 +19,9 @@ from benchmarks.measure import alternate, machine, report
 from config.files import find_config
 from config.load import load_config
 from config.schema import Config
+from core.command_line import Parser, positive
 from core.distributed import Processes
+from core.errors import command
 from models.build import build_model
 from sampling.objectives import build_objective
 from training.ema import EMA
@@ -96,23 +98,20 @@ def measure(name: str, flags: argparse.Namespace, device: torch.device) -> dict:
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.train_step",
-        description=__doc__.split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("benchmarks.train_step", __doc__)
     add = parser.add_argument
     add("--config", nargs="+", required=True, help="the first one is the baseline")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
-    add("--batch-size", type=int, default=32, help="images of a step")
-    add("--micro-batch-size", type=int, help="images of a forward pass; by default all")
+    add("--batch-size", type=positive, default=32, help="images of a step")
+    add("--micro-batch-size", type=positive, help="images of a forward pass; by default all")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     add("--compile", action="store_true", help="compile the blocks")
-    add("--repeats", type=int, default=7, help="steps of each config in each of two rounds")
+    add("--repeats", type=positive, default=7, help="steps of each config in each of two rounds")
     add("--out", type=Path, help="JSON file")
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Measure all configs forwards and backwards, and report the better round of each."""
     flags = parse_flags(argv)

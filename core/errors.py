@@ -22,15 +22,15 @@ def unknown_name(
     return error(f"{field}: unknown {value!r}; known: {', '.join(sorted(known))}")
 
 
-def command(main: Callable[[], None]) -> Callable[[], None]:
+def command(main: Callable[..., None]) -> Callable[..., None]:
     """Make `main` end with one line and exit code 2 when the user can fix the cause."""
 
     @functools.wraps(main)
-    def run() -> None:
+    def run(*args: object) -> None:
         logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
         logging.getLogger("diffmoe").setLevel(logging.INFO)
         try:
-            main()
+            main(*args)
         except UserError as error:
             if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
                 sys.stderr.write(f"error: {' '.join(str(error).split())}\n")

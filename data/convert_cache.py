@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from core.command_line import Parser, natural, positive
 from core.distributed import Processes
 from core.errors import UserError, command
 from core.files import complete_folder
@@ -106,22 +107,18 @@ def _written(
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.convert_cache",
-        description=__doc__.split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("data.convert_cache", __doc__)
     add = parser.add_argument
     needed = {"required": True, "default": argparse.SUPPRESS}
     add("--from", dest="source", **needed, help="published cache: DIR/<class>/<name>.npz")
     add("--out", type=Path, **needed, help="folder to write")
     add("--contents", choices=CONTENTS, **needed, help="what the arrays are: data/published.py")
-    add("--img_size", "--img-size", type=int, **needed, help="side of the images, in pixels")
-    add("--vae_path", "--vae-path", default="stabilityai/sd-vae-ft-mse", help="VAE that made them")
+    add("--img-size", type=positive, **needed, help="side of the images, in pixels")
+    add("--vae-path", default="stabilityai/sd-vae-ft-mse", help="VAE that made them")
     add("--dtype", choices=DTYPES, default="float16", help="of stored moments")
-    add("--shard_size", "--shard-size", type=int, default=4096, help="images per file")
+    add("--shard-size", type=positive, default=4096, help="images per file")
     workers = min(4, os.cpu_count() or 1)
-    add("--num_workers", "--num-workers", type=int, default=workers, help="processes that read")
+    add("--num-workers", type=natural, default=workers, help="processes that read")
     return parser.parse_args()
 
 
@@ -129,14 +126,12 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Parse the command line and convert."""
     flags = _parse()
-    if flags.shard_size < 1 or flags.num_workers < 0:
-        raise UserError("--shard_size: at least 1; --num_workers: at least 0")
     vae = VAE(flags.vae_path)
     source = PublishedCache(flags.source, flags.contents, vae)
     factor = flags.img_size // source.latent_shape[-1]
     if factor != vae.factor:
         raise UserError(
-            f"--img_size: latents of {source.latent_shape} come from images of "
+            f"--img-size: latents of {source.latent_shape} come from images of "
             f"{source.latent_shape[-1] * vae.factor} pixels with {vae.path}, not {flags.img_size}"
         )
     options = (flags.dtype, flags.shard_size, flags.num_workers)

@@ -4,7 +4,6 @@ Write scikit-learn's handwritten digits as a folder of images, without any downl
 scans of 8 x 8 pixels, enlarged to 32 x 32, as DIR/{train,val}/<class>/<index>.png.
 """
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from core.command_line import Parser
 from core.errors import UserError, command
 from core.files import complete_folder
 from core.logging import get_logger
@@ -74,7 +74,7 @@ def write_digits(out: str | Path) -> Counter:
 @command
 def main() -> None:
     """Parse the command line and write the images."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
+    parser = Parser("data.digits", __doc__)
     parser.add_argument("--out", required=True, help="folder to write")
     write_digits(parser.parse_args().out)
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.command_line import Parser, positive
 from core.distributed import Processes, processes
 from core.errors import UserError, command
 from core.files import complete_folder
@@ -175,18 +176,15 @@ def make_tiny_vae(
 @command
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("data.tiny_vae", __doc__)
     required = {"required": True, "default": argparse.SUPPRESS}
     parser.add_argument("--data", **required, help="image folder to train on")
     parser.add_argument("--val", **required, help="image folder to measure on")
     parser.add_argument("--out", **required, help="folder to write")
-    parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=32, help="images per step")
+    parser.add_argument("--steps", type=positive, default=800, help="optimizer steps")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images per step")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
-    parser.add_argument("--kl_weight", type=float, default=1e-4, help="weight of the KL divergence")
+    parser.add_argument("--kl-weight", type=float, default=1e-4, help="weight of the KL divergence")
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     arguments = vars(parser.parse_args())

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from config.load import build_config
+from core.command_line import Parser
 from core.errors import UserError, command
 from core.files import complete_file
 from core.logging import get_logger
@@ -136,9 +137,7 @@ def _images(run: CapacityRun, count: int | None) -> np.ndarray | None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluations.capacity", description=__doc__.split("\n\n")[1]
-    )
+    parser = Parser("evaluations.capacity", __doc__)
     parser.add_argument("set", type=Path, help="JSON of a set sampled with --capacity")
     parser.add_argument("--out", type=Path, help="folder of the figures; default: beside the set")
     return parser.parse_args()

@@ -12,6 +12,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from config.load import build_config
+from core.command_line import Parser
 from core.errors import UserError, command
 from evaluations.figures import save_figure
 from models.summary import summarize
@@ -109,9 +110,7 @@ def score_figure(rows: list[dict[str, object]], score: str) -> Figure:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluations.compare", description=__doc__.split("\n\n")[1]
-    )
+    parser = Parser("evaluations.compare", __doc__)
     parser.add_argument("sets", type=Path, nargs="*", help="JSON files of sample_ddp.py")
     parser.add_argument("--runs", type=Path, nargs="+", default=[], help="folders of runs")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the figures")

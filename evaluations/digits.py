@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from core.command_line import Parser, positive
 from core.errors import command
 from core.logging import get_logger
 from evaluations.digit_classifier import (
@@ -24,17 +25,13 @@ from evaluations.digit_classifier import (
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluations.digits",
-        description=__doc__.split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("evaluations.digits", __doc__)
     add = parser.add_argument
     needed = {"type": Path, "required": True, "default": argparse.SUPPRESS}
     add("--data", **needed, help="folder that holds train/ and val/")
     add("--out", **needed, help="safetensors file to write")
     add("--seed", type=int, default=TrainSettings.seed, help="of weights and augmentation")
-    add("--epochs", type=int, default=TrainSettings.epochs, help="passes over DIR/train")
+    add("--epochs", type=positive, default=TrainSettings.epochs, help="passes over DIR/train")
     return parser.parse_args()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from core.command_line import Parser, positive
 from core.errors import UserError, command, unknown_name
 from core.files import complete_file
 from evaluations.adm import BLOCK as ADM_BLOCK
@@ -160,7 +161,7 @@ def add_extractor_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     """Flags that say how that network runs."""
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images at a time")
     devices = ["auto", "cpu", "cuda"]
     parser.add_argument("--device", choices=devices, default="auto", help="auto: a GPU if any")
 
@@ -176,11 +177,7 @@ def extractor_from(flags: argparse.Namespace, device: torch.device | None = None
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluations.evaluate",
-        description=__doc__.split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("evaluations.evaluate", __doc__)
     parser.add_argument("reference", type=Path, help=".npz with mu, sigma, mu_s, sigma_s, arr_0")
     parser.add_argument(
         "samples", type=Path, help=".npz with arr_0 or features, or a folder of images"

@@ -42,10 +42,11 @@ def step_figure(layers: np.ndarray, sides: Sequence[str]) -> Figure:
         (line,) = axes.plot(steps, mean, label=name)
         low, high = layers[:, half].min(axis=-1), layers[:, half].max(axis=-1)
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
-    axes.axhline(1.0, color="grey", lw=0.8, ls=":")
-    axes.set(xlabel="model evaluation, from noise to data", ylabel="capacity C_infer")
+    axes.axhline(1.0, color="grey", lw=0.8, ls=":", label="a dense model")
+    axes.set(xlabel="model evaluation, from noise to data", ylabel="experts per token, C_infer")
+    axes.set_ylim(bottom=0.0)
     axes.set_title("Computation over sampling: mean and range of the layers", fontsize=10)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left")
     return figure
 
 
@@ -58,15 +59,17 @@ def expert_figure(shares: np.ndarray) -> Figure:
     layers = shares.shape[1]
     columns = min(layers, 4)
     rows = -(-layers // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.1 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(3.0 * columns, 2.2 * rows + 0.8), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for layer, axes in enumerate(grid.flat):
         axes.set_visible(layer < layers)
         if layer < layers:
             axes.plot(np.arange(1, len(shares) + 1), shares[:, layer], lw=0.9)
             axes.set_title(f"MoE layer {layer + 1}", fontsize=9)
+            axes.set_ylim(bottom=0.0)
     figure.supxlabel("model evaluation, from noise to data", fontsize=9)
-    figure.supylabel("share of tokens, one line an expert", fontsize=9)
+    figure.supylabel("share of tokens", fontsize=9)
+    figure.suptitle("What each expert computes (one line an expert)", fontsize=10)
     return figure
 
 
@@ -85,20 +88,24 @@ def class_figure(
     order = known[np.argsort(-classes[known], kind="stable")]
     count = min(CLASSES, len(order) // 2)
     shown = [*order[:count], *order[len(order) - count :]]
-    figure = Figure(figsize=(7, 0.62 * len(shown) + 0.8), layout="constrained")
-    bars, pictures = figure.subplots(1, 2, width_ratios=(1.2, 1))
+    side = 0.62  # of an image, in inches
+    figure = Figure(figsize=(4.2 + IMAGES * side, side * len(shown) + 0.9), layout="constrained")
+    bars, pictures = figure.subplots(1, 2, width_ratios=(3.2, IMAGES * side), sharey=True)
     places = np.arange(len(shown))
     colours = ["tab:red"] * count + ["tab:blue"] * count
     bars.barh(places, classes[shown], color=colours)
     bars.set_yticks(places, [names[k] for k in shown])
     bars.set_ylim(len(shown) - 0.5, -0.5)
-    spread = np.ptp(classes[shown]) or 1.0
-    bars.set_xlim(classes[shown].min() - 0.3 * spread, classes[shown].max() + 0.1 * spread)
-    bars.set_xlabel("capacity C_infer")
+    bars.bar_label(bars.containers[0], fmt=" %.2f", fontsize=8)
+    bars.axvline(1.0, color="grey", lw=0.8, ls=":")
+    bars.set_xlim(0.0, 1.15 * classes[shown].max())
+    bars.set_xlabel("experts per token, C_infer")
     bars.set_title(f"{count} hardest and {count} easiest classes", fontsize=10)
     pictures.set_axis_off()
     if images is not None:
-        pictures.imshow(_rows_of_images(shown, labels, images))
+        extent = (0, IMAGES, len(shown) - 0.5, -0.5)  # a row of images beside each bar
+        picture = _rows_of_images(shown, labels, images)
+        pictures.imshow(picture, extent=extent, aspect="auto", interpolation="nearest")
     return figure
 
 
@@ -113,34 +120,48 @@ def _rows_of_images(shown: Sequence[int], labels: np.ndarray, images: np.ndarray
 
 
 def map_figure(
-    times: np.ndarray, maps: np.ndarray, images: np.ndarray | None, columns: int = 6
+    times: np.ndarray, maps: np.ndarray, images: np.ndarray | None, columns: int = 4, rows: int = 4
 ) -> Figure:
-    """Pairs of each token over the image at some steps, averaged over the layers.
+    """Experts at work for each token, over the image, beside the sample that they made.
+
+    Each map is the mean over a part of the sampling, the last one over all of it: single steps are
+    noisier than what they have in common.
 
     Args:
         times: (T,) of the evaluations.
-        maps: (T, M, S), S a square number.
+        maps: (T, M, S) averaged over the layers, S a square number.
         images: (at least M, H, W, 3) uint8, or None.
-        columns: steps that are shown.
+        columns: parts of the sampling.
+        rows: samples that are shown.
     """
-    side = round(maps.shape[-1] ** 0.5)
-    steps = np.unique(np.linspace(0, len(maps) - 1, columns).round().astype(int))
-    shown, first = maps.shape[1], int(images is not None)
-    figure = Figure(figsize=(1.2 * (len(steps) + first), 1.2 * shown + 0.5), layout="constrained")
-    grid = figure.subplots(shown, len(steps) + first, squeeze=False)
-    highest = max(float(maps[steps].max()), 1e-6)
+    side, shown = round(maps.shape[-1] ** 0.5), min(rows, maps.shape[1])
+    parts = [part for part in np.array_split(np.arange(len(maps)), columns) if len(part)]
+    titles = [f"t = {times[part[0]]:.2g} to {times[part[-1]]:.2g}" for part in parts]
+    parts, titles = [*parts, np.arange(len(maps))], [*titles, "all steps"]
+    means = np.stack([maps[part, :shown].astype(np.float32).mean(axis=0) for part in parts])
+    first = int(images is not None)
+    size = (1.75 * (len(parts) + first) + 0.9, 1.75 * shown + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(shown, len(parts) + first, squeeze=False)
+    highest = max(float(np.quantile(means, 0.995)), 1e-6)
     for row in range(shown):
         if images is not None:
             _picture(grid[row, 0], images[row], "sample" if row == 0 else "")
-        for column, step in enumerate(steps):
-            values = maps[step, row].astype(np.float32).reshape(side, side)
-            title = f"t = {times[step]:.3g}" if row == 0 else ""
-            drawn = _picture(grid[row, column + first], values, title, vmin=0, vmax=highest)
-    figure.colorbar(drawn, ax=grid, shrink=0.6, label="experts per token")
+        for column, values in enumerate(means[:, row]):
+            title = titles[column] if row == 0 else ""
+            drawn = _picture(
+                grid[row, column + first],
+                values.reshape(side, side),
+                title,
+                vmin=0,
+                vmax=highest,
+                cmap="inferno",
+            )
+    figure.colorbar(drawn, ax=grid, shrink=0.7, label="experts per token")
     return figure
 
 
-def _picture(axes: Axes, values: np.ndarray, title: str, **options: float) -> object:
+def _picture(axes: Axes, values: np.ndarray, title: str, **options: object) -> object:
     axes.set_axis_off()
-    axes.set_title(title, fontsize=8)
+    axes.set_title(title, fontsize=10)
     return axes.imshow(values, **options)

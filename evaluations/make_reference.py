@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from core.command_line import Parser, natural, positive
 from core.distributed import Processes
 from core.errors import UserError, command
 from core.files import complete_file
@@ -98,18 +99,14 @@ def _batches(
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluations.make_reference",
-        description=__doc__.split("\n\n")[1],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("evaluations.make_reference", __doc__)
     add = parser.add_argument
     add("images", type=Path, help="folder, IMAGES/<class>/<images> or IMAGES/<images>")
     add("out", type=Path, help=".npz to write")
-    add("--image-size", type=int, required=True, default=argparse.SUPPRESS, help="in pixels")
+    add("--image-size", type=positive, required=True, default=argparse.SUPPRESS, help="in pixels")
     add("--pr-images", type=Path, help="folder of arr_0, such as held-out images; default: IMAGES")
-    add("--num-images", type=int, default=10_000, help="in arr_0, for precision and recall")
-    add("--num-workers", type=int, default=4, help="processes that read")
+    add("--num-images", type=positive, default=10_000, help="in arr_0, for precision and recall")
+    add("--num-workers", type=natural, default=4, help="processes that read")
     add("--seed", type=int, default=0, help="of the choice of those images")
     add_extractor_flags(parser)
     add_batch_flags(parser)
@@ -120,9 +117,6 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Parse the command line, make the reference and write it."""
     flags = _parse()
-    for name in ("image_size", "num_images", "batch_size"):
-        if getattr(flags, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: at least 1 is allowed")
     folder, extractor = ImageFolder(flags.images), extractor_from(flags)
     other = folder if flags.pr_images is None else ImageFolder(flags.pr_images)
     size, workers = flags.image_size, flags.num_workers

@@ -4,12 +4,12 @@ Sample and score one set for each combination of flags of sample_ddp.py, such as
 size and sampler (Tables 13 to 15), and print them as a table. Finished sets are not made again.
 """
 
-import argparse
 import itertools
 import json
 import sys
 from pathlib import Path
 
+from core.command_line import Parser
 from core.distributed import NO_HURRY, Processes, processes
 from core.errors import UserError, command
 from core.files import complete_file
@@ -17,6 +17,8 @@ from evaluations.compare import markdown, read_rows
 from evaluations.sampled import parse_flags, sample_and_score
 
 Combination = dict[str, str]
+
+OTHERS = "All other flags are those of sample_ddp.py: see its --help."
 
 
 def run_sets(
@@ -74,10 +76,10 @@ def grid_of(words: list[str]) -> list[Combination]:
 @command
 def main() -> None:
     """Parse the command line, run the grid and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluations.sweep",
-        description=__doc__.split("\n\n")[1],
-        epilog="All other flags are those of sample_ddp.py: see its --help.",
+    parser = Parser(
+        "evaluations.sweep",
+        __doc__,
+        epilog=OTHERS,
     )
     parser.add_argument(
         "--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE", help="what is varied"

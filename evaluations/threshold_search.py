@@ -14,6 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from config.load import dump_config
+from core.command_line import Parser
 from core.distributed import NO_HURRY, processes
 from core.errors import UserError, command
 from core.files import complete_folder
@@ -21,7 +22,7 @@ from core.logging import get_logger
 from evaluations.compare import markdown, read_rows
 from evaluations.figures import save_figure
 from evaluations.sampled import parse_flags
-from evaluations.sweep import Combination, run_sets
+from evaluations.sweep import OTHERS, Combination, run_sets
 from models.pretrained import CONFIG_FILE, Pretrained, load_pretrained
 from models.sealed import MANIFEST_FILE, seal
 
@@ -80,10 +81,10 @@ def write_checkpoint(pretrained: Pretrained, rule: str, out: Path) -> None:
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluations.threshold_search",
-        description=__doc__.split("\n\n")[1],
-        epilog="All other flags are those of sample_ddp.py: see its --help.",
+    parser = Parser(
+        "evaluations.threshold_search",
+        __doc__,
+        epilog=OTHERS,
     )
     parser.add_argument("--gammas", default=",".join(GAMMAS), help="default: those of Table 10")
     parser.add_argument("--write", type=Path, help="checkpoint folder to write with the best one")

@@ -15,6 +15,7 @@ import torch
 from config.load import parse_config
 from config.model import ModelConfig, MoEConfig
 from config.schema import Config
+from core.command_line import Parser
 from core.errors import command
 from models.build import build_model
 from models.flops import forward_flops
@@ -35,6 +36,9 @@ BY_TABLE = {
     "adaLN": "adaLN",
 }
 """Groups of the paper's Table 9: FFN has router and predictor, adaLN the blocks' alone."""
+
+USAGE = "(--config NAME | --compare NAME ...) [--json] [--KEY VALUE ...]"
+KEYS = "Every key of a config is a flag, as in train.py --help: --model.depth 12"
 
 CAPACITIES = (0.95, 1.0)
 BYTES_PER_PARAMETER = 16
@@ -186,10 +190,10 @@ def markdown(rows: list[dict[str, object]]) -> str:
 
 
 def _parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.summary",
+    parser = Parser(
+        "models.summary",
+        __doc__,
         usage="%(prog)s (--config NAME | --compare NAME ...) [--json] [--KEY VALUE ...]",
-        description=" ".join(__doc__.split("\n\n")[1].split()),
         epilog="Every key of a config is a flag, as in train.py --help: --model.depth 12",
     )
     which = parser.add_mutually_exclusive_group(required=True)

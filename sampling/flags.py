@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 from config.protocol import Protocol, known_protocols, load_protocol
 from config.schema import SAMPLERS, SamplingConfig
 from config.validate import validate
+from core.command_line import Parser, positive
 from core.errors import UserError
 from models.pretrained import Pretrained
 from sampling.generate import SAVE
@@ -18,20 +19,18 @@ RENAMED = {"num_sampling_steps": "num_steps"}
 
 def sampling_parser() -> argparse.ArgumentParser:
     """The flags of sampling; those left out come from the protocol or the checkpoint."""
-    parser = argparse.ArgumentParser(
-        prog="sample_ddp.py",
-        description="Flags override the --protocol, which overrides the checkpoint's config.",
-    )
+    about = "Flags override the --protocol, which overrides the checkpoint's config."
+    parser = Parser("sample_ddp.py", about)
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="checkpoint folder, or a run: its newest")
     add("--protocol", help=f"settings of a published evaluation: {', '.join(known_protocols())}")
     add("--weights", default="ema", help="averaged `ema` (default), `ema_<decay>`, live `model`")
     add("--image-size", type=int, help="checked against the checkpoint where given")
     add("--num-classes", type=int, help="checked against the checkpoint where given")
-    add("--num-fid-samples", type=_positive, help="images to make; default 50000")
+    add("--num-fid-samples", type=positive, help="images to make; default 50000")
     add(
         "--per-proc-batch-size",
-        type=_positive,
+        type=positive,
         help="images in a block, default 32; for DiffMoE, whose routing depends on it, a part of "
         "the result",
     )
@@ -52,7 +51,7 @@ def sampling_parser() -> argparse.ArgumentParser:
     add("--fixed-threshold", type=float, help="gamma of --inference fixed, 0 ... 1")
     add("--capacity", action="store_true", help="record where the computation goes")
     add("--classes", type=_classes, help="only these, such as 207,360, for a look")
-    add("--num-per-class", type=_positive, default=8, help="with --classes; default 8")
+    add("--num-per-class", type=positive, default=8, help="with --classes; default 8")
     _add_sampling(parser.add_argument_group("sampling (default: the checkpoint's config)"))
     return parser
 
@@ -60,7 +59,7 @@ def sampling_parser() -> argparse.ArgumentParser:
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--sampler", "--sampling-method", type=str.lower, help=_known_samplers())
-    add("--num-sampling-steps", type=_positive, help="adaptive solvers choose their own")
+    add("--num-sampling-steps", type=positive, help="adaptive solvers choose their own")
     add("--cfg-scale", type=float, help="guidance scale, 1 for none")
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at these times")
     add("--cfg-channels", choices=["all", "first3"], help="guided channels of the latent")
@@ -144,13 +143,6 @@ def _choices(field: str) -> tuple[str, ...]:
 
 def _classes(text: str) -> list[int]:
     return [int(word) for word in text.split(",")]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is too small; at least 1 is allowed")
-    return value
 
 
 def _known_samplers() -> str:

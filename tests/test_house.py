@@ -21,6 +21,7 @@ FOLDERS = [
     "diffusion",
     "transport",
     "sampling",
+    "published",
     "evaluations",
     "training",
 ]

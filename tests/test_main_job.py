@@ -382,7 +382,7 @@ def test_help_of_the_commands(script):
         "sample_ddp.py": "--ckpt --image-size --num-classes --cfg-scale --num-sampling-steps "
         "--global-seed --per-proc-batch-size --num-fid-samples --sample-dir --vae --tf32 "
         "--sampler --sampling-method --atol --rtol --metrics --save --classes --num-per-class",
-        "main_cache.py": "--img_size --vae_path --data_path --cached_path --batch_size",
+        "main_cache.py": "--img-size --vae-path --data-path --cached-path --batch-size",
     }
     for flag in flags[script].split():
         assert flag in done.stdout

@@ -6,7 +6,6 @@ before `latest` points to it). Each killed run goes on with `--resume auto`; the
 the last checkpoint and every logged number is compared, bit by bit.
 """
 
-import argparse
 import json
 import logging
 import multiprocessing
@@ -27,6 +26,7 @@ import torch
 import training.checkpoint
 from config.load import parse_config
 from config.schema import DataConfig
+from core.command_line import Parser, natural, positive
 from core.distributed import processes
 from core.errors import UserError, command
 from data.manifest import Manifest, Shard
@@ -230,11 +230,9 @@ def _compare(wanted: dict, found: dict) -> list[str]:
 @command
 def main() -> None:
     """Parse the command line, verify, end with code 1 where anything differs."""
-    parser = argparse.ArgumentParser(
-        prog="training.verify_resume", description="Is a killed and resumed run bitwise the same?"
-    )
-    parser.add_argument("--steps", type=int, default=24, help="of each run")
-    parser.add_argument("--kills", type=int, default=5, help="random ones, besides three others")
+    parser = Parser("training.verify_resume", __doc__)
+    parser.add_argument("--steps", type=positive, default=24, help="of each run")
+    parser.add_argument("--kills", type=natural, default=5, help="random ones")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="to try")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     flags = parser.parse_args()

@@ -9,8 +9,8 @@ from strategies import JITMOE, STEPS, flags
 
 from config.load import parse_config
 from core.distributed import Processes
-from models.convert import gather_shards
 from models.pretrained import find_checkpoint, load_pretrained, read_tensors, weights_path
+from published.convert_weights import gather_shards
 from training.trainer import train
 
 ALONE = Processes(0, 1, torch.device("cpu"))

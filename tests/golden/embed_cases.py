@@ -4,7 +4,6 @@ import torch
 from case import Case, Tensors
 
 from models.embeddings import timestep_features
-from models.official_entries import halves_of_neighbours
 from models.positions import (
     after_context,
     rotary_1d,
@@ -13,6 +12,7 @@ from models.positions import (
     rotation_of,
     sincos_2d,
 )
+from published.entries import halves_of_neighbours
 
 
 class Embed(Case):

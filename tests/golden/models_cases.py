@@ -12,7 +12,7 @@ from config.schema import FlowConfig, SamplingConfig
 from core.distributed import Processes
 from core.types import LossTerms, ModelOutput, RoutingRecord
 from models.dit import DiT
-from models.official import from_official, to_official
+from published.weights import from_official, to_official
 from sampling.guidance import Guided
 from training import router_state
 from training.step import auxiliary_losses

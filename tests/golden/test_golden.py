@@ -10,7 +10,7 @@ import torch
 from adapter import load_case, recorded, run_case
 from safetensors.torch import load_file
 
-from models.official import from_official, to_official
+from published.weights import from_official, to_official
 
 FOLDER = Path(__file__).parent
 FILES = sorted(FOLDER.glob("*.safetensors"))

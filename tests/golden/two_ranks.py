@@ -12,7 +12,7 @@ from models_cases import ModelCase
 from safetensors.torch import save_file
 
 from core.distributed import processes
-from models.official import to_official
+from published.weights import to_official
 from training import router_state
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.official import official_config
 from config.schema import FEED_FORWARDS, ModelConfig
 from models.build import build_model
-from models.official import to_official
+from published.configs import official_config
+from published.weights import to_official
 
 FACTS = Path(__file__).parents[1] / "golden/initialisation.json"
 FAMILIES = json.loads(FACTS.read_text())["families"]

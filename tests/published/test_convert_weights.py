@@ -14,7 +14,6 @@ import yaml
 from safetensors.torch import save_file
 
 from config.load import load_config, to_plain
-from config.official_export import check_exportable
 from config.schema import (
     DeepSeekConfig,
     DenseConfig,
@@ -24,9 +23,10 @@ from config.schema import (
 )
 from core.errors import UserError
 from models.build import build_model
-from models.convert import export_official, import_official, read_official
-from models.official import from_official, load_official, to_official
 from models.pretrained import load_pretrained
+from published.convert_weights import export_official, import_official, read_official
+from published.export import check_exportable
+from published.weights import from_official, load_official, to_official
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
@@ -322,7 +322,13 @@ def test_the_command_takes_keys_of_the_config(official, config_path, tmp_path):
     config_path.write_text(yaml.safe_dump(values))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "models.convert", "--official", tmp_path / "official.pt"),
+            *(
+                sys.executable,
+                "-m",
+                "published.convert_weights",
+                "--official",
+                tmp_path / "official.pt",
+            ),
             *("--config", config_path, "--out", tmp_path / "ours", "--model.learn_sigma", "true"),
         ],
         cwd=GOLDEN.parents[1],

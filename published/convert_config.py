@@ -1,10 +1,9 @@
-"""python -m config.convert OLD.yaml [--out NEW.yaml]
+"""python -m published.convert_config OLD.yaml [--out NEW.yaml]
 
 Turn a YAML file of the official DiffMoE or DSMoE code into one of ours. What ours cannot express,
 or means differently, is reported line by line and left out.
 """
 
-import argparse
 import dataclasses
 import logging
 import sys
@@ -14,13 +13,14 @@ from typing import Any
 import yaml
 
 from config.load import to_plain
-from config.official import official_config
 from config.schema import FEED_FORWARDS, ModelConfig
+from core.command_line import Parser
 from core.errors import UserError, command, unknown_name
 from core.files import complete_file
 from core.logging import get_logger
+from published.configs import official_config
 
-log: logging.Logger = get_logger("config.convert")
+log: logging.Logger = get_logger("published.convert_config")
 
 TARGETS = {
     "models.models_DiT.DiT": "diffmoe_dense",
@@ -128,7 +128,7 @@ def _flat(values: dict, at: str = "") -> dict:
 @command
 def main() -> None:
     """Parse the command line, print or write the new file, report what it leaves out."""
-    parser = argparse.ArgumentParser(prog="config.convert", description=__doc__.split("\n\n")[1])
+    parser = Parser("published.convert_config", __doc__)
     parser.add_argument("old", type=Path, help="YAML file of the official code")
     parser.add_argument("--out", type=Path, help="file to write; by default it is printed")
     flags = parser.parse_args()

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from config.model import FeedForwardConfig
-from config.official_keywords import DIT, DSMOE, DSMOE_KEYS, JIT, JIT_KEYS, MOE_KEYS
 from config.schema import (
     DeepSeekConfig,
     DenseConfig,
@@ -17,6 +16,7 @@ from config.schema import (
 )
 from config.validate_model import check_model
 from core.errors import UserError, unknown_name
+from published.keywords import DIT, DSMOE, DSMOE_KEYS, JIT, JIT_KEYS, MOE_KEYS
 
 ANY = 1 << 30
 """A micro-batch that sets no limit to experts: a constructor does not know it."""

@@ -1,7 +1,7 @@
 """The published checkpoints of DiT, SiT, DiffMoE, DSMoE and JiT into our model and back.
 
 A model is described by a family and the official constructor's keywords. The list of entries of
-its config (`models.official_entries`) serves both directions, and a name that is left over or
+its config (`published.entries`) serves both directions, and a name that is left over or
 missing on either side is refused.
 """
 
@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config.official import official_config
 from config.schema import ModelConfig
 from core.errors import UserError
 from models.build import build_model
 from models.dit import DiT
-from models.official_entries import entries, has_predictor
+from published.configs import official_config
+from published.entries import entries, has_predictor
 
 
 def from_official(family: str, ctor: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiT:
     """Our model with official weights.
 
     Args:
-        family: one of `config.official.FAMILIES`.
+        family: one of `published.configs.FAMILIES`.
         ctor: keywords of the official constructor; MoE_config as a plain dictionary.
         state: official state dict.
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config.convert import convert
 from config.load import load_config, parse_config
-from config.official import official_config
 from core.errors import UserError
+from published.configs import official_config
+from published.convert_config import convert
 
 PUBLISHED = {
     "basic": {

@@ -1,6 +1,6 @@
-"""python -m models.convert --official FILE.pt --config dit/XL_ddpm --out DIR [--KEY VALUE ...]
-python -m models.convert --to-official CHECKPOINT --out FILE.pt
-python -m models.convert --gather CHECKPOINT --out DIR
+"""python -m published.convert_weights --official FILE.pt --config dit/XL_ddpm --out DIR
+python -m published.convert_weights --to-official CHECKPOINT --out FILE.pt
+python -m published.convert_weights --gather CHECKPOINT --out DIR
 
 Turn a published checkpoint into a checkpoint folder that sample_ddp.py and
 `train.py --init-from` read, one of ours into a file with the official names, or the shards of an
@@ -21,14 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config.load import dump_config, parse_config
-from config.official_export import check_exportable
 from config.schema import Config
+from core.command_line import Parser
 from core.errors import UserError, command
 from core.files import complete_file, complete_folder
 from core.logging import get_logger
 from models.build import build_model
-from models.official import load_official, to_official
-from models.official_entries import is_jit
 from models.pretrained import (
     CONFIG_FILE,
     STATE_FILE,
@@ -40,8 +38,11 @@ from models.pretrained import (
     weights_path,
 )
 from models.sealed import check_seal, seal
+from published.entries import is_jit
+from published.export import check_exportable
+from published.weights import load_official, to_official
 
-log: logging.Logger = get_logger("models.convert")
+log: logging.Logger = get_logger("published.convert_weights")
 
 AVERAGES = {"model": "model", "ema": "ema", "model_ema1": "ema", "model_ema2": "ema2"}
 """Official names of live and averaged weights (JiT has two averages), and ours."""
@@ -168,7 +169,7 @@ def _is_state(value: Any) -> bool:
 @command
 def main() -> None:
     """Parse the command line and convert in one of the directions."""
-    parser = argparse.ArgumentParser(prog="models.convert", description=__doc__.split("\n\n")[1])
+    parser = Parser("published.convert_weights", __doc__)
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--official", type=Path, help="published .pt file")
     direction.add_argument("--to-official", type=Path, help="checkpoint or run folder of ours")
@@ -188,7 +189,7 @@ def main() -> None:
         )
     else:
         argv = ["--config", flags.config, *keys]
-        config = parse_config(argv, "models.convert", world_size=None)
+        config = parse_config(argv, "published.convert_weights", world_size=None)
         import_official(flags.official, config, flags.out)
 
 
