@@ -27,7 +27,6 @@ from config.schema import (
 from core.command_line import Parser, positive
 from core.errors import command
 from models.build import FEED_FORWARDS
-from training.router_state import capacity_predictors
 
 SAMPLE = 256
 """Tokens of one sample."""
@@ -103,7 +102,8 @@ FAMILIES = {"diffmoe": diffmoe_modules, "deepseek": deepseek_modules}
 
 def settle(module: nn.Module, x: Tensor) -> None:
     """Put the thresholds where C of dynamic inference on `x` is 1."""
-    for predictor in capacity_predictors(module):
+    predictor = getattr(getattr(module, "router", None), "predictor", None)
+    if predictor is not None:
         with torch.no_grad():
             scores = predictor(x.flatten(0, 1)).sigmoid()
             k = len(scores) // scores.shape[1]

@@ -19,7 +19,8 @@ import jsonargparse
 import yaml
 
 from config.files import chosen, find_config, merge, read_file, run_name
-from config.schema import CHOICES, SAMPLERS, Config
+from config.objective import SAMPLERS
+from config.schema import CHOICES, Config
 from config.sizes import SIZES
 from config.validate import validate
 from core.errors import ConfigError, unknown_name

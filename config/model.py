@@ -21,6 +21,10 @@ class DenseConfig:
         """Whether what a sample gets depends on the others of its micro-batch."""
         return False
 
+    def capacity_at(self, step: int) -> float | None:
+        """C that a schedule asks for at optimizer step `step` (from 0); None without a schedule."""
+        return None
+
 
 @dataclass
 class MoEConfig:
@@ -59,6 +63,10 @@ class MoEConfig:
         If so, the micro-batch is a part of the experiment, and never changed silently.
         """
         return False
+
+    def capacity_at(self, step: int) -> float | None:
+        """C that a schedule asks for at optimizer step `step` (from 0); None without a schedule."""
+        return None
 
 
 @dataclass
@@ -154,6 +162,14 @@ class ExpertChoiceConfig(MoEConfig):
     def pools_batch(self) -> bool:
         """Where the pool is the batch."""
         return self.pool == "batch"
+
+    def capacity_at(self, step: int) -> float | None:
+        """All experts at first, then down to `capacity`."""
+        if self.capacity_schedule is None:
+            return None
+        first, second = self.capacity_schedule
+        rest = min(1.0, max(0.0, (second - step) / (second - first)))
+        return self.capacity + (self.num_experts - self.capacity) * rest
 
 
 @dataclass

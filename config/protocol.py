@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from config.load import typed_file
-from config.schema import SAMPLERS, SamplingConfig
+from config.objective import SAMPLERS, SamplingConfig
 from core.errors import ConfigError, unknown_name
 
 FOLDER = Path(__file__).parent / "protocols"

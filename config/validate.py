@@ -2,15 +2,8 @@
 
 import math
 
-from config.schema import (
-    SAMPLERS,
-    SDE_METHODS,
-    Config,
-    DDPMConfig,
-    FlowConfig,
-    OptimConfig,
-    SamplingConfig,
-)
+from config.objective import SAMPLERS, SDE_METHODS, DDPMConfig, FlowConfig, SamplingConfig
+from config.schema import Config, OptimConfig
 from config.validate_model import check_model, require
 
 

@@ -5,59 +5,111 @@ C channels, H and W height and width of the latent.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from config.schema import SamplingConfig
+
+@dataclass
+class RouterContext:
+    """What a router may look at besides the modulated tokens; most need little of it.
+
+    A fresh one says nothing; the model fills in what it knows, the block its tokens.
+
+    Attributes:
+        capacity: C that a schedule asks for at this training step; None: the config's.
+        time: (B,) times as the objective counts them.
+        unconditional: (B,) bool, samples without their condition.
+        condition: (B, D) vector that modulates the block.
+        tokens: (B, S, D) normalised, before they are modulated.
+        grid: rows and columns of the image's tokens, which come last.
+        num_context: tokens before them that are not of the image, but of its class.
+    """
+
+    capacity: float | None = None
+    time: Tensor | None = None
+    unconditional: Tensor | None = None
+    condition: Tensor | None = None
+    tokens: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    num_context: int = 0
 
 
 @dataclass
 class RoutingPlan:
     """Which token goes to which expert, as a flat list of pairs sorted by expert.
 
+    An expert takes a token once at most. N = sum of `tokens_per_expert`.
+
     Attributes:
         token_index: (N,) int64, positions in the (B * S) flattened tokens.
         gate: (N,) weight of the expert's output for that token.
         tokens_per_expert: (E,) int64, how many consecutive pairs belong to each expert.
-        capacity: that count as a Python integer when it is the same for every expert, so that
-            static-shape backends need no look at the device; None when counts vary.
-        sizes: the counts as Python integers, where the host knows them; None elsewhere.
-        pair_of_choice: (T * K,) where every one of T tokens has K pairs: the pair of its choice k
-            is number `pair_of_choice[t * K + k]`; None elsewhere.
+        sizes: the same as Python integers, where the host knows them without a look at the device.
     """
 
     token_index: Tensor
     gate: Tensor
     tokens_per_expert: Tensor
-    capacity: int | None
     sizes: list[int] | None = None
-    pair_of_choice: Tensor | None = None
+
+    def __post_init__(self):
+        assert self.token_index.shape == self.gate.shape
+        if self.sizes is not None:
+            assert len(self.sizes) == len(self.tokens_per_expert)
+            assert sum(self.sizes) == len(self.token_index)
+
+    @classmethod
+    def of_choices(cls, gate: Tensor, expert: Tensor, num_experts: int) -> "RoutingPlan":
+        """The plan in which every token goes to the experts that it chose, all different.
+
+        Args:
+            gate: (T, K) weights.
+            expert: (T, K) int64.
+            num_experts: E.
+        """
+        flat = expert.flatten()
+        order = flat.argsort(stable=True)  # pairs sorted by expert
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
+        counts.scatter_add_(0, flat, torch.ones_like(flat))
+        return cls(order // expert.shape[1], gate.flatten()[order], counts)
+
+    @property
+    def capacity(self) -> int | None:
+        """The count of every expert where all are known to be equal, else None."""
+        sizes = self.sizes
+        return sizes[0] if sizes and all(size == sizes[0] for size in sizes) else None
 
     def host_sizes(self) -> list[int]:
         """Pairs of each expert as Python integers; looks at the device if it has to."""
-        if self.capacity is not None:
-            return [self.capacity] * len(self.tokens_per_expert)
         return self.tokens_per_expert.tolist() if self.sizes is None else self.sizes
 
     def part(self, experts: slice, pairs: slice) -> "RoutingPlan":
         """The plan of some experts, whose pairs are these."""
         sizes = None if self.sizes is None else self.sizes[experts]
-        return RoutingPlan(
-            self.token_index[pairs],
-            self.gate[pairs],
-            self.tokens_per_expert[experts],
-            self.capacity,
-            sizes,
-        )
+        counts = self.tokens_per_expert[experts]
+        return RoutingPlan(self.token_index[pairs], self.gate[pairs], counts, sizes)
 
     def expert_of_pair(self) -> Tensor:
         """(N,) the expert of each pair."""
         experts = torch.arange(len(self.tokens_per_expert), device=self.token_index.device)
         return experts.repeat_interleave(self.tokens_per_expert, output_size=len(self.token_index))
+
+    def counts(self, batch: int, tokens_per_sample: int) -> Tensor:
+        """(B, E) int64, how many tokens of each sample each expert takes."""
+        E = len(self.tokens_per_expert)
+        cell = self.token_index // tokens_per_sample * E + self.expert_of_pair()
+        counts = torch.zeros(batch * E, dtype=torch.int64, device=cell.device)
+        return counts.scatter_add_(0, cell, torch.ones_like(cell)).view(batch, E)
+
+    def table(self, values: Tensor, num_tokens: int) -> Tensor:
+        """(T, E) a value of each pair, `values` (N,), where the expert takes the token, else 0."""
+        E = len(self.tokens_per_expert)
+        table = values.new_zeros(num_tokens * E)
+        cell = self.token_index * E + self.expert_of_pair()
+        return table.scatter_(0, cell, values).view(num_tokens, E)
 
 
 @dataclass
@@ -86,19 +138,16 @@ class RoutingRecord:
     plan: RoutingPlan | None = None
     num_context: int = 0
 
-    def token_mask(self, num_tokens: int) -> Tensor:
-        """(T, E) 1 where the expert takes the token, of all T = B * S tokens."""
-        return self._spread(torch.ones_like(self.plan.gate), num_tokens)
+    @classmethod
+    def of(cls, plan: RoutingPlan, x: Tensor, context: RouterContext) -> "RoutingRecord":
+        """The record of a plan for tokens `x` (B, S, D), for a router to add to."""
+        B, S, _ = x.shape
+        kept = replace(plan, gate=plan.gate.detach())
+        return cls(plan.counts(B, S), S, plan=kept, num_context=context.num_context)
 
-    def gates(self, num_tokens: int) -> Tensor:
-        """(T, E) weight of the expert for the token, 0 where it does not take it."""
-        return self._spread(self.plan.gate, num_tokens)
-
-    def _spread(self, values: Tensor, num_tokens: int) -> Tensor:
-        E = len(self.plan.tokens_per_expert)
-        spread = values.new_zeros(num_tokens * E)
-        cell = self.plan.token_index * E + self.plan.expert_of_pair()
-        return spread.scatter_(0, cell, values).view(num_tokens, E)
+    def token_mask(self) -> Tensor:
+        """(B * S, E) 1 where the expert takes the token."""
+        return self.plan.table(torch.ones_like(self.plan.gate), len(self.counts) * self.num_tokens)
 
     def capacity_per_sample(self) -> Tensor:
         """(B,) computed pairs per token of each sample: Eq. 8 averaged over the experts."""
@@ -159,6 +208,9 @@ class Objective(Protocol):
         """Loss at times `t` (B,) with given `noise` (B, C, H, W)."""
 
     def sample(
-        self, model: Model, noise: Tensor, cond: Tensor, settings: "SamplingConfig", draw: Draw
+        self, model: Model, noise: Tensor, cond: Tensor, settings: Any, draw: Draw
     ) -> Tensor:
-        """Data (B, C, H, W) from `noise` of that shape; `draw` serves stochastic samplers."""
+        """Data (B, C, H, W) from `noise` of that shape.
+
+        `settings` is a `config.objective.SamplingConfig`; `draw` serves stochastic samplers.
+        """

@@ -13,7 +13,7 @@ from diffusion.sampler import SAMPLERS
 from diffusion.schedule import named_betas
 
 if TYPE_CHECKING:
-    from config.schema import DDPMConfig, SamplingConfig
+    from config.objective import DDPMConfig, SamplingConfig
 
 
 class DDPM:

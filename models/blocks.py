@@ -1,9 +1,11 @@
 """Transformer blocks with adaptive layer norm (adaLN-Zero, Peebles & Xie 2023, Sec. 3.2)."""
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from core.precision import outside_autocast
-from core.types import RoutingRecord
+from core.types import RouterContext, RoutingRecord
 from models.norms import build_norm
 from models.positions import Rotation
 
@@ -40,7 +42,7 @@ class DiTBlock(nn.Module):
     Args:
         hidden_size: D.
         attention: (B, S, D), rotation of positions or None -> (B, S, D).
-        feed_forward: (B, S, D) -> ((B, S, D), RoutingRecord or None).
+        feed_forward: (B, S, D), RouterContext -> ((B, S, D), RoutingRecord or None).
         norm: kind of normalisation before both.
     """
 
@@ -61,12 +63,19 @@ class DiTBlock(nn.Module):
         self.modulation = Modulation(hidden_size, 6)
 
     def forward(
-        self, x: Tensor, c: Tensor, rotation: Rotation | None = None
+        self,
+        x: Tensor,
+        c: Tensor,
+        rotation: Rotation | None = None,
+        context: RouterContext | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
-        """x (B, S, D) under the condition c (B, D)."""
+        """x (B, S, D) under the condition c (B, D); `context` is what the model knows."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
-        y, record = self.feed_forward(modulate(self.norm2(x), shift2, scale2))
+        tokens = self.norm2(x)
+        known = RouterContext() if context is None else context
+        context = replace(known, condition=c, tokens=tokens)
+        y, record = self.feed_forward(modulate(tokens, shift2, scale2), context)
         return x + gate2[:, None] * y, record
 
 

@@ -1,6 +1,7 @@
 """The diffusion transformer: DiT, DSMoE and JiT are configs of it, with any feed-forward layer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from timm.layers import PatchEmbed
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config.schema import ModelConfig
-from core.types import ModelOutput, RoutingRecord
+from core.types import ModelOutput, RouterContext, RoutingRecord
 from models.attention import Attention
 from models.blocks import DiTBlock, FinalLayer
 from models.embeddings import BottleneckPatchEmbed, ClassTokens, LabelEmbedder, TimestepEmbedder
@@ -107,6 +108,10 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    def moe_layers(self) -> list[nn.Module]:
+        """The feed-forward layers with experts, in the order of their routing records."""
+        return [self.blocks[i].feed_forward for i in self.config.moe_blocks()]
+
     def parameters_by_role(self) -> dict[str, int]:
         """Number of trainable parameters by the role that the modules name."""
         counts: dict[str, int] = {}
@@ -118,28 +123,35 @@ class DiT(nn.Module):
             todo += [(child, getattr(child, "role", role)) for child in module.children()]
         return {role: count for role, count in counts.items() if count}
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
+    def forward(self, x: Tensor, t: Tensor, cond: Tensor, step: int | None = None) -> ModelOutput:
         """Prediction for noisy latents or images.
 
         Args:
             x: (B, C, H, W).
             t: (B,) times as the objective counts them.
             cond: (B,) int64 labels.
+            step: of the optimizer, in training, for what follows a schedule.
         """
         h = self.patch_embed(x).to(x.dtype)  # (B, S, D); autocast leaves the residual stream alone
         if self.config.positions == "sincos":
             h = h + self.positions
         label = self.label_embed(cond)  # (B, D)
         c = self.time_embed(t) + label
-        K = self.config.context_tokens
+        K, p = self.config.context_tokens, self.config.patch_size
+        context = RouterContext(
+            capacity=None if step is None else self.config.feed_forward.capacity_at(step),
+            time=t,
+            unconditional=cond == self.label_embed.null_class,
+            grid=(x.shape[-2] // p, x.shape[-1] // p),
+        )
         records = []
         for number, block in enumerate(self.blocks):
             if K and number == self.config.context_start:
                 h = self.class_tokens(h, label)  # (B, K + S, D)
-            joined = number >= self.config.context_start
-            h, record = self._run(block, h, c, self._rotation(0 if joined else K))
+                context = replace(context, num_context=K)
+            rotation = self._rotation(K - context.num_context)
+            h, record = self._run(block, h, c, rotation, context)
             if record is not None:
-                record.num_context = K if joined else 0
                 records.append(record)
         patches = self.final(h[:, K:], c)
         return ModelOutput(self._unpatchify(patches, x.shape[-2:]), records)
@@ -155,11 +167,11 @@ class DiT(nn.Module):
         self.gradient_checkpointing = True
 
     def _run(
-        self, block: nn.Module, h: Tensor, c: Tensor, rotation: Rotation | None
+        self, block: nn.Module, *inputs: Tensor | Rotation | RouterContext | None
     ) -> tuple[Tensor, RoutingRecord | None]:
         if self.gradient_checkpointing and self.training:
-            return checkpoint(block, h, c, rotation, use_reentrant=False)
-        return block(h, c, rotation)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def null_condition(self, cond: Tensor) -> Tensor:
         """The condition "no class" in place of `cond` (B,), for guidance."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.types import RoutingRecord
+from core.types import RouterContext, RoutingRecord
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
@@ -39,7 +39,9 @@ class DenseFeedForward(nn.Module):
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord | None]:
+    def forward(
+        self, x: Tensor, context: RouterContext | None = None
+    ) -> tuple[Tensor, RoutingRecord | None]:
         return self.fc2(self.dropout(self.activation(self.fc1(x)))), None
 
 
@@ -69,14 +71,18 @@ class SwiGLUFeedForward(nn.Module):
             for layer in (self.gate, self.up):
                 layer.weight.uniform_(-bound, bound)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord | None]:
+    def forward(
+        self, x: Tensor, context: RouterContext | None = None
+    ) -> tuple[Tensor, RoutingRecord | None]:
         return self.down(self.dropout(F.silu(self.gate(x)) * self.up(x))), None
 
 
 class Identity(nn.Module):
     """The layer's input in place of a shared expert, as the published DSMoE code has it."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord | None]:
+    def forward(
+        self, x: Tensor, context: RouterContext | None = None
+    ) -> tuple[Tensor, RoutingRecord | None]:
         return x, None
 
 

@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config.model import ModelConfig
+from core.types import RouterContext
 from models.build import build_model
 
 
@@ -17,7 +18,7 @@ class _Stated(nn.Module):
         super().__init__()
         self.per_token, self.flops = layer.flops_per_token(), 0.0
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, context: RouterContext) -> tuple[Tensor, None]:
         self.flops += self.per_token * x.shape[0] * x.shape[1]
         return x, None
 

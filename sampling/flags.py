@@ -5,8 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from config.objective import SAMPLERS, SamplingConfig
 from config.protocol import Protocol, known_protocols, load_protocol
-from config.schema import SAMPLERS, SamplingConfig
 from config.validate import validate
 from core.command_line import Parser, positive
 from core.errors import UserError

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config.schema import SamplingConfig
+from config.objective import SamplingConfig
 from core.distributed import Processes
 from core.files import complete_file
 from core.logging import progress

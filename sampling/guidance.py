@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from config.schema import SamplingConfig
+from config.objective import SamplingConfig
 from core.types import Model, ModelOutput
 
 

@@ -1,6 +1,6 @@
 """The objective of a config."""
 
-from config.schema import ObjectiveConfig
+from config.objective import ObjectiveConfig
 from core.types import Objective
 from diffusion.objective import DDPM
 from transport.objective import Flow

@@ -62,7 +62,7 @@ class RoutingRecorder:
         maps = []
         for record in routing:
             if record.plan is not None:
-                pairs = record.token_mask(samples * record.num_tokens).sum(dim=1)
+                pairs = record.token_mask().sum(dim=1)
                 maps.append(pairs.view(samples, -1)[:shown, record.num_context :])
         if not maps:
             return torch.zeros(shown, routing[0].num_tokens - routing[0].num_context)

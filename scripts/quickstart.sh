@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The main job on real handwritten digits, minutes on two CPU cores: image folder -> cached
 # latents -> training -> samples -> scores. Finished stages are skipped; --fresh starts over.
-# Other systems: --config config/quickstart_dsmoe.yaml, or config/quickstart_jitmoe.yaml (pixels).
+# Other systems: --config quickstart_dsmoe, or quickstart_jitmoe (pixels).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-usage="usage: bash scripts/quickstart.sh [--config config/quickstart_NAME.yaml] [--fresh]"
-config=config/quickstart.yaml
+usage="usage: bash scripts/quickstart.sh [--config quickstart_NAME] [--fresh]"
+config=quickstart
 fresh=no
 while [ $# -gt 0 ]; do
     case "$1" in

@@ -1,11 +1,11 @@
-"""python scripts/quickstart_facts.py config/quickstart.yaml
+"""python scripts/quickstart_facts.py quickstart
 
 What the quickstart needs to know of a config: folder of the run, steps, and `latents` or `pixels`.
 """
 
 import sys
-from pathlib import Path
 
+from config.files import find_config
 from config.load import load_config
 from core.errors import UserError, command
 
@@ -13,7 +13,7 @@ from core.errors import UserError, command
 @command
 def main() -> None:
     """Print the facts of the config that the command line names."""
-    path = Path(sys.argv[1])
+    path = find_config(sys.argv[1])
     config = load_config(path)
     wanted = f"runs/{path.stem}/train"
     if not path.stem.startswith("quickstart") or config.run_dir != wanted:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import schema
+from config import objective, schema
 from models.build import FEED_FORWARDS
 from sampling.objectives import OBJECTIVES, build_objective
 
@@ -28,18 +28,9 @@ FOLDERS = [
 
 
 def imported_folders(path: Path) -> set[str]:
-    """Top-level names that a file imports, those for type checking alone left out."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
+    """Top-level names that a file imports, those for type checking included."""
     names = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         if isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -77,10 +68,10 @@ def test_conda_environment_has_the_same_packages():
 
 def test_names_of_the_schema_are_those_of_the_registries():
     assert FEED_FORWARDS.keys() == schema.FEED_FORWARDS.keys()
-    assert OBJECTIVES.keys() == schema.OBJECTIVES.keys() == schema.SAMPLERS.keys()
+    assert OBJECTIVES.keys() == objective.OBJECTIVES.keys() == objective.SAMPLERS.keys()
     for table in schema.CHOICES.values():
         for name, kind in table.items():
             assert typing.get_args(typing.get_type_hints(kind)["name"]) == (name,)
             assert kind().name == name
-    for name, kind in schema.OBJECTIVES.items():
-        assert build_objective(kind()).samplers == schema.SAMPLERS[name]
+    for name, kind in objective.OBJECTIVES.items():
+        assert build_objective(kind()).samplers == objective.SAMPLERS[name]

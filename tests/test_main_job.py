@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from config.load import parse_config
-from config.schema import FEED_FORWARDS, OBJECTIVES
+from config.objective import OBJECTIVES
+from config.schema import FEED_FORWARDS
 from core.distributed import Processes
 from core.errors import UserError
 from data.latents import LatentCache

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.schema import OBJECTIVES, Config, ModelConfig
+from config.files import known_configs
+from config.load import parse_config
+from config.objective import OBJECTIVES
+from config.schema import Config, ModelConfig
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
+from models.summary import comparison
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 
-def test_the_example_layer_runs():
+def test_the_example_layer_computes():
     block = re.search(r"```python\n(# models/moe/hash_router.py\n.*?)```", TEXT, re.DOTALL).group(1)
     names = {}
     exec(block, names)
@@ -27,17 +31,50 @@ def test_the_example_layer_runs():
     assert record.counts.tolist() == [[2, 2, 1, 1], [1, 1, 2, 2]]
 
 
+def table_of_configs():
+    """Names of each row, alternatives in braces spelt out, and its other cells."""
+    rows = []
+    for line in re.findall(r"^\| `.*", TEXT.split("## Configs")[1].split("\n## ")[0], re.M):
+        first, *cells = (cell.strip() for cell in line.strip("| ").split("|"))
+        names = []
+        for pattern in re.findall(r"`([^`]+)`", first):
+            stems = [""]
+            for part in re.split(r"({[^}]*})", pattern):
+                options = part[1:-1].split(",") if part.startswith("{") else [part]
+                stems = [stem + option for stem in stems for option in options]
+            names += stems
+        rows.append((names, cells))
+    return rows
+
+
 def test_the_table_of_configs_is_complete():
-    table = TEXT.split("## Configs")[1].split("## ")[0]
-    named = set()
-    for pattern in re.findall(r"`([\w{},]+)`", "\n".join(re.findall(r"^\| .*", table, re.M))):
-        stems = [""]
-        for part in re.split(r"({[^}]*})", pattern):
-            options = part[1:-1].split(",") if part.startswith("{") else [part]
-            stems = [stem + option for stem in stems for option in options]
-        named |= set(stems)
-    shipped = {path.stem for path in (ROOT / "config").glob("*.yaml")}
-    assert named == {stem for stem in shipped if not stem.startswith("imagenet256")}
+    named = [name for names, _ in table_of_configs() for name in names]
+    assert sorted(named) == known_configs()
+
+
+def test_the_figures_in_the_table_of_configs_are_those_of_the_command():
+    checked = 0
+    for names, (_, *cells) in table_of_configs():
+        for name in names if cells and cells[0] else ():
+            row = comparison(name, parse_config(["--config", name], "t", None))
+            wanted = [
+                f"{row['total (M)']:.0f}",
+                f"{row['activated (M)']:.0f}",
+                str(row["GFLOPs per image"]),
+                str(row["training state (GB)"]),
+            ]
+            for found, value in zip(cells, wanted, strict=True):
+                assert float(found) == pytest.approx(float(value), rel=0.003, abs=0.6), name
+            checked += 1
+    assert checked == len(known_configs()) - 4
+
+
+def test_the_files_that_the_architecture_names_exist():
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = set(re.findall(r"`([\w/]+\.py)`", text)) | set(re.findall(r"`([\w/]+/)`", text))
+    assert len(named) > 30
+    for path in named - {"models/moe/place_router.py"}:
+        assert (ROOT / path).exists(), path
 
 
 def test_scripts_and_pictures_exist():

@@ -8,9 +8,7 @@ from torch import Tensor
 from core.distributed import Processes
 from core.types import RoutingRecord
 from models.dit import DiT
-from models.moe.capacity import CapacityPredictor
-from models.moe.deepseek import DeepSeekRouter
-from training.router_state import capacity_predictors, keepers
+from training.router_state import keepers
 from training.validation import BINS
 
 
@@ -27,16 +25,16 @@ class RoutingStatistics:
         mean_capacity: (L,) over all samples.
         accuracy: (L,) share of token-expert pairs where predictor and threshold agree with what
             the expert took; None without predictors.
-        thresholds: (L, E); None without predictors.
-        biases: (L, E) correction biases; None without.
+        state_name: what the routers keep, `thresholds` or `correction_bias`; None if nothing.
+        state: (L, E) that; None if nothing.
     """
 
     loads: Tensor
     capacity: Tensor
     mean_capacity: Tensor
     accuracy: Tensor | None
-    thresholds: Tensor | None
-    biases: Tensor | None
+    state_name: str | None
+    state: Tensor | None
 
 
 @torch.no_grad()
@@ -56,39 +54,34 @@ def routing_statistics(
     """
     if not records[0]:
         return None
-    predictors = capacity_predictors(model)
+    keeping = keepers(model)
+    predicts = records[0][0].capacity_logits is not None
     bins = [(level.float() * BINS).long().clamp(0, BINS - 1) for level in noise_levels]
     rows = []
     for i, layers in enumerate(zip(*records, strict=True)):
-        predictor = predictors[i] if predictors else None
-        rows.append(_layer(layers, bins, predictor))
+        rows.append(_layer(layers, bins, keeping[i].state if predicts else None))
     table = processes.all_reduce_sum(torch.stack(rows)).cpu()  # (L, E + 2 BINS + 2)
     loads, sums, counts, right = table.split([table.shape[1] - 2 * BINS - 2, BINS, BINS, 2], dim=1)
     return RoutingStatistics(
         loads=loads,
         capacity=sums / counts,
         mean_capacity=sums.sum(dim=1) / counts.sum(dim=1),
-        accuracy=right[:, 0] / right[:, 1] if predictors else None,
-        thresholds=_stacked(predictors),
-        biases=_stacked([k for k in keepers(model) if isinstance(k, DeepSeekRouter)]),
+        accuracy=right[:, 0] / right[:, 1] if predicts else None,
+        state_name=keeping[0].state_name if keeping else None,
+        state=torch.stack([keeper.state for keeper in keeping]).cpu() if keeping else None,
     )
 
 
-def _stacked(parts: list[CapacityPredictor] | list[DeepSeekRouter]) -> Tensor | None:
-    """(L, E) what routers keep, on the CPU."""
-    return torch.stack([part.state for part in parts]).cpu() if parts else None
-
-
 def _layer(
-    records: tuple[RoutingRecord, ...], bins: list[Tensor], predictor: torch.nn.Module | None
+    records: tuple[RoutingRecord, ...], bins: list[Tensor], thresholds: Tensor | None
 ) -> Tensor:
     """Sums of one layer in one row: loads, capacity and samples by bin, right pairs, all pairs."""
     loads = torch.stack([r.counts.sum(dim=0) for r in records]).sum(dim=0).double()
     by_bin, right = loads.new_zeros(2, BINS), loads.new_zeros(2)
     for record, place in zip(records, bins, strict=True):
         capacity = record.capacity_per_sample().double()
-        if predictor is not None:
-            above = record.capacity_logits.sigmoid() > predictor.thresholds  # (B * S, E)
+        if thresholds is not None:
+            above = record.capacity_logits.sigmoid() > thresholds  # (B * S, E)
             capacity = above.view(len(place), -1).sum(dim=1) / record.num_tokens
             right += torch.stack(
                 [

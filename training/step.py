@@ -1,5 +1,6 @@
 """One optimizer step over the micro-batches of this process."""
 
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -82,7 +83,6 @@ class TrainStep:
         """Take step number `step`, from 0; with the seed it decides noise, times and dropout."""
         self.clock.start()
         self.optimizer.zero_grad(set_to_none=True)
-        router_state.begin_step(self.bare, step)
         sums: dict[str, Tensor] = {}
         records, levels, waited = [], [], 0.0
         for slot in range(self.accumulation):
@@ -111,7 +111,8 @@ class TrainStep:
         if self.bare.config.dropout > 0:  # layers draw from the global generator
             torch.manual_seed(derive_seed(self.seed, "dropout", step, number))
         with self._precision():
-            terms = self.objective.training_losses(self.model, x, cond, draw)
+            model = functools.partial(self.model, step=step)
+            terms = self.objective.training_losses(model, x, cond, draw)
         auxiliary = auxiliary_losses(terms.routing)
         loss = terms.per_sample.mean() + sum(auxiliary.values())
         (loss / self.accumulation).backward()

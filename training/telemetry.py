@@ -158,12 +158,8 @@ class Telemetry:
         if routing is not None:
             for i, load in enumerate(routing.loads):
                 self.writer.add_histogram(f"tokens_per_expert/moe_layer_{i}", load, step)
-            for name, table in (
-                ("thresholds", routing.thresholds),
-                ("correction_bias", routing.biases),
-            ):
-                for i, row in enumerate([] if table is None else table):
-                    self.writer.add_histogram(f"{name}/moe_layer_{i}", row, step)
+            for i, row in enumerate([] if routing.state is None else routing.state):
+                self.writer.add_histogram(f"{routing.state_name}/moe_layer_{i}", row, step)
             entry["capacity_by_noise"] = _without_nan(routing.capacity)
         with self.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
@@ -192,13 +188,13 @@ def _routing_scalars(routing: RoutingStatistics | None) -> dict[str, float]:
         layer = f"moe_layer_{i}"
         scalars[f"capacity/{layer}"] = routing.mean_capacity[i].item()
         scalars[f"max_load/{layer}"] = (load.max() / load.mean()).item()
-        if routing.thresholds is not None:
+        if routing.accuracy is not None:
             scalars[f"predictor_accuracy/{layer}"] = routing.accuracy[i].item()
-            scalars[f"mean_threshold/{layer}"] = routing.thresholds[i].mean().item()
-        if routing.biases is not None:
-            scalars[f"bias_range/{layer}"] = (
-                routing.biases[i].max() - routing.biases[i].min()
-            ).item()
+        if routing.state_name == "thresholds":
+            scalars[f"mean_threshold/{layer}"] = routing.state[i].mean().item()
+        if routing.state_name == "correction_bias":
+            spread = routing.state[i].max() - routing.state[i].min()
+            scalars[f"bias_range/{layer}"] = spread.item()
     for i, value in enumerate(routing.capacity.mean(dim=0).tolist()):
         if not math.isnan(value):
             scalars[f"capacity_at_noise/{(i + 0.5) / BINS:.2f}"] = value

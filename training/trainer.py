@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,6 +26,8 @@ from data.vae import VAE, PixelSpace, open_vae, to_uint8
 from models.build import build_model
 from models.dit import DiT
 from models.pretrained import CONFIG_FILE, save_weights
+from models.sealed import checkpoints
+from models.summary import summarize
 from sampling.generate import Sampler
 from sampling.grid import image_grid, save_png
 from sampling.objectives import build_objective
@@ -105,6 +109,7 @@ class Trainer:
             log.info("%s: already at step %d", self.run_dir, state.step)
             return
         self._announce()
+        began, first = time.perf_counter(), state.step
         batches = training_batches(self.data, self.config, self.processes, state.step)
         telemetry = Telemetry(self.config, self.processes, state.step, state.running)
         state.model.train()
@@ -118,6 +123,15 @@ class Trainer:
                     log.warning("SIGTERM: stopped at step %d; --resume auto goes on", state.step)
                     break
         telemetry.close()
+        if state.step == last:
+            self._say_what_next(last - first, time.perf_counter() - began)
+
+    def _say_what_next(self, steps: int, seconds: float) -> None:
+        """Where the checkpoint is, how long it took, and the command that looks at it."""
+        log.info("%d steps in %s", steps, timedelta(seconds=round(seconds)))
+        log.info("checkpoint: %s", checkpoints(self.run_dir)[0])
+        log.info("log: tensorboard --logdir %s", self.run_dir)
+        log.info("next: torchrun sample_ddp.py --ckpt %s --num-fid-samples 100", self.run_dir)
 
     def _step(self, batches: Iterator[Batch], telemetry: Telemetry) -> None:
         state = self.state
@@ -263,11 +277,13 @@ class Trainer:
             return
         with complete_file(self.run_dir / CONFIG_FILE) as temporary:
             temporary.write_text(dump_config(self.config))
-        millions = sum(p.numel() for p in self.state.model.parameters()) / 1e6
+        summary = summarize(self.config.model)
         log.info(
-            "%s: %.1fM parameters, %d images, steps %d to %d, %d process(es) on %s",
+            "%s: %.1fM parameters (%.1fM activated), %d images, steps %d to %d, "
+            "%d process(es) on %s",
             self.run_dir,
-            millions,
+            summary.trainable / 1e6,
+            summary.activated(summary.capacity) / 1e6,
             len(self.data),
             self.state.step,
             self.config.train.max_steps,

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from config.schema import SAMPLERS, FlowConfig, SamplingConfig
+from config.objective import SAMPLERS, FlowConfig, SamplingConfig
 from core.errors import UserError, unknown_name
 from core.types import Draw, LossTerms, Model
 from transport import ode, sde

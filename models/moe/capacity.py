@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from core.precision import outside_autocast
+from core.types import RoutingRecord
 
 
 class CapacityPredictor(nn.Module):
@@ -49,10 +50,16 @@ class CapacityPredictor(nn.Module):
         limit = self.thresholds if threshold is None else threshold
         return (logits.sigmoid() > limit).sum(dim=-2)
 
+    state_name = "thresholds"
+
     @property
     def state(self) -> Tensor:
         """What the trainer writes: the thresholds."""
         return self.thresholds
+
+    def row(self, record: RoutingRecord) -> Tensor:
+        """(E,) quantiles of a step."""
+        return record.quantiles.float()
 
     def next_state(self, quantiles: Tensor) -> Tensor:
         """Thresholds after one step of Eq. 17 towards `quantiles` (E,)."""

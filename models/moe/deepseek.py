@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from config.schema import DeepSeekConfig
 from core.precision import outside_autocast
-from core.types import RoutingPlan, RoutingRecord
-from models.moe.dispatch import count_pairs
-from models.moe.routers import first_weight, plan_of_choices
+from core.types import RouterContext, RoutingPlan, RoutingRecord
+from models.moe.routers import first_weight
 
 BEST_OF_GROUP = 2
 """A group counts as the sum of so many best scores."""
@@ -38,9 +37,8 @@ class DeepSeekRouter(nn.Module):
         self.weight = nn.Parameter(start(torch.empty(config.num_experts, hidden_size)))
         self.register_buffer("correction_bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor) -> tuple[RoutingPlan, RoutingRecord]:
+    def forward(self, x: Tensor, context: RouterContext) -> tuple[RoutingPlan, RoutingRecord]:
         """Plan for `x` (B, S, D) and its record."""
-        B, S, _ = x.shape
         with outside_autocast(x.device):
             scores = F.linear(x.float(), self.weight.float()).sigmoid().flatten(0, 1)  # (T, E)
         expert = self.choose(scores.detach() + self.correction_bias)  # (T, K)
@@ -48,8 +46,8 @@ class DeepSeekRouter(nn.Module):
         if self.config.top_k > 1:
             gate = gate / (gate.sum(dim=1, keepdim=True) + 1e-20)
         gate = gate * self.config.routed_scaling_factor
-        plan = plan_of_choices(gate, expert, scores.shape[1])
-        return plan, RoutingRecord(count_pairs(plan, B, S), S)
+        plan = RoutingPlan.of_choices(gate, expert, scores.shape[1])
+        return plan, RoutingRecord.of(plan, x, context)
 
     def choose(self, scores: Tensor) -> Tensor:
         """Experts (T, K) of the best `scores` (T, E) in the best groups."""
@@ -63,10 +61,21 @@ class DeepSeekRouter(nn.Module):
             scores = groups.masked_fill(outside[:, :, None], fill).flatten(1)
         return scores.topk(config.top_k, dim=1).indices
 
+    state_name = "correction_bias"
+
+    @property
+    def keeper(self) -> "DeepSeekRouter":
+        """The router keeps its state itself."""
+        return self
+
     @property
     def state(self) -> Tensor:
         """What the trainer writes: the bias."""
         return self.correction_bias
+
+    def row(self, record: RoutingRecord) -> Tensor:
+        """(E,) loads of a step, in tokens of a sample."""
+        return record.counts.sum(dim=0) / len(record.counts)
 
     def next_state(self, loads: Tensor) -> Tensor:
         """The bias after one step against the imbalance of `loads` (E,).

@@ -1,6 +1,7 @@
-"""Between tokens and (token, expert) pairs: gather, weighted sum, counting."""
+"""Between tokens and (token, expert) pairs: gather, weighted sum, parts of a plan."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.types import RoutingPlan
@@ -14,9 +15,8 @@ def gather(tokens: Tensor, plan: RoutingPlan) -> Tensor:
 def combine(outputs: Tensor, plan: RoutingPlan, num_tokens: int) -> Tensor:
     """Sum of the gated expert outputs of each token (Eq. 3 and 7), in float32.
 
-    Where every token has as many pairs, its pairs are put side by side and summed, the same way
-    every time. Elsewhere pairs are added where they belong; on a GPU their order is not fixed,
-    except without gradients, where the experts follow each other.
+    Pairs are sorted by token, and each token sums its own, in the order of the experts: the same
+    way every time, on every device.
 
     Args:
         outputs: (N, D) of the experts.
@@ -26,18 +26,37 @@ def combine(outputs: Tensor, plan: RoutingPlan, num_tokens: int) -> Tensor:
     Returns:
         (T, D) float32.
     """
-    if plan.pair_of_choice is not None:
-        chosen = outputs.index_select(0, plan.pair_of_choice).view(num_tokens, -1, outputs.shape[1])
-        gate = plan.gate.index_select(0, plan.pair_of_choice).view(num_tokens, -1, 1)
-        return (chosen.float() * gate.float()).sum(dim=1)  # over (T, K, D)
-    weighted = outputs.float() * plan.gate.float()[:, None]
-    total = weighted.new_zeros(num_tokens, outputs.shape[1])
-    if weighted.is_cuda and not torch.is_grad_enabled():
-        sizes = plan.host_sizes()
-        for index, part in zip(plan.token_index.split(sizes), weighted.split(sizes), strict=True):
-            total.index_add_(0, index, part)  # an expert takes a token once: no two collide
-        return total
-    return total.index_add(0, plan.token_index, weighted)
+    return _SegmentSum.apply(outputs.float(), plan.gate.float(), plan.token_index, num_tokens)
+
+
+class _SegmentSum(torch.autograd.Function):
+    """Weighted sums of the rows of each token; the gradient gathers what the token got."""
+
+    @staticmethod
+    def forward(outputs: Tensor, gate: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
+        order = token_index.argsort(stable=True)
+        counts = torch.zeros(num_tokens, dtype=torch.int64, device=order.device)
+        counts.scatter_add_(0, token_index, torch.ones_like(token_index))
+        ends = F.pad(counts.cumsum(0), (1, 0))  # (T + 1,) where the pairs of each token begin
+        return F.embedding_bag(
+            order,
+            outputs,
+            ends,
+            mode="sum",
+            per_sample_weights=gate[order],
+            include_last_offset=True,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        outputs, gate, token_index, _ = inputs
+        ctx.save_for_backward(outputs, gate, token_index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        outputs, gate, token_index = ctx.saved_tensors
+        rows = grad.index_select(0, token_index)  # (N, D)
+        return rows * gate[:, None], (rows * outputs).sum(dim=1), None, None
 
 
 def chunks(plan: RoutingPlan, budget: int) -> list[tuple[slice, slice]]:
@@ -56,18 +75,3 @@ def chunks(plan: RoutingPlan, budget: int) -> list[tuple[slice, slice]]:
             first, start = expert, end
         end += size
     return [*found, (slice(first, everything[0].stop), slice(start, end))]
-
-
-def count_pairs(plan: RoutingPlan, batch: int, tokens_per_sample: int) -> Tensor:
-    """(B, E) int64, how many tokens of each sample each expert takes."""
-    E = len(plan.tokens_per_expert)
-    cell = plan.token_index // tokens_per_sample * E + plan.expert_of_pair()
-    counts = torch.zeros(batch * E, dtype=torch.int64, device=cell.device)
-    return counts.scatter_add_(0, cell, torch.ones_like(cell)).view(batch, E)
-
-
-def chosen_mask(plan: RoutingPlan, num_tokens: int) -> Tensor:
-    """(T, E) float32, 1 where the expert takes the token (Eq. 13)."""
-    E = len(plan.tokens_per_expert)
-    mask = torch.zeros(num_tokens * E, device=plan.token_index.device)
-    return mask.scatter_(0, plan.token_index * E + plan.expert_of_pair(), 1.0).view(num_tokens, E)

@@ -1,24 +1,22 @@
 """The mixture-of-experts feed-forward layer."""
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core.types import RoutingPlan, RoutingRecord
+from core.types import RouterContext, RoutingPlan, RoutingRecord
 from models.moe.dispatch import chunks, combine, gather
 from models.moe.experts import Experts, product_dtype
 
 ROW_BUDGET = 4
-"""Pairs computed at once, in units of the tokens."""
+"""Pairs computed at once, in units of the tokens, or what the config asks for if that is more."""
 
 
 class MoEFeedForward(nn.Module):
     """Router, experts and combine: (B, S, D) -> (B, S, D) and what the router did.
 
     Args:
-        router: (B, S, D) -> (RoutingPlan, RoutingRecord).
+        router: (B, S, D), RouterContext -> (RoutingPlan, RoutingRecord).
         experts: computes the pairs of the plan.
         experts_per_token: experts that compute a token in training, on average.
         shared: a dense layer that every token goes through besides, with weight 1; or None.
@@ -51,12 +49,12 @@ class MoEFeedForward(nn.Module):
     def _routed(self, tokens: Tensor, plan: RoutingPlan) -> Tensor:
         """(T, D) float32 sum of the experts' outputs for `tokens` (T, D).
 
-        When all experts take most tokens (a capacity schedule's start, fresh thresholds), they
-        are computed a few at a time, and again in the backward pass: that costs time, not memory.
-        Where every token has as many pairs, by top-k, their number is no surprise.
+        When experts take many more tokens than the config says (a capacity schedule's start,
+        fresh thresholds), they are computed a few at a time, and again in the backward pass: that
+        costs time, not memory.
         """
-        fixed = plan.pair_of_choice is not None
-        parts = [] if fixed else chunks(plan, ROW_BUDGET * len(tokens))
+        budget = int(max(ROW_BUDGET, self.experts_per_token) * len(tokens))
+        parts = chunks(plan, budget)
         if len(parts) <= 1:
             return combine(self.experts(gather(tokens, plan), plan), plan, len(tokens))
         total = tokens.new_zeros(tokens.shape, dtype=torch.float32)
@@ -74,10 +72,11 @@ class MoEFeedForward(nn.Module):
         outputs = self.experts(gather(tokens, plan), plan, first)
         return combine(outputs, plan, len(tokens))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RoutingRecord]:
+    def forward(
+        self, x: Tensor, context: RouterContext | None = None
+    ) -> tuple[Tensor, RoutingRecord]:
         tokens = x.flatten(0, 1)  # (B * S, D)
-        plan, record = self.router(x)
-        record.plan = dataclasses.replace(plan, gate=plan.gate.detach())
+        plan, record = self.router(x, RouterContext() if context is None else context)
         y = self._routed(tokens, plan).to(product_dtype(x)).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)[0]

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from config.model import ExpertChoiceConfig, MoEConfig, TokenChoiceConfig
 from core.precision import outside_autocast
-from core.types import RoutingPlan, RoutingRecord
+from core.types import RouterContext, RoutingPlan, RoutingRecord
 from models.moe.capacity import CapacityPredictor, quantile_of_kth
-from models.moe.dispatch import chosen_mask, count_pairs
 
 SPREAD = 0.006
 """Standard deviation of a fresh expert-choice router, at any width, as published."""
@@ -67,40 +66,16 @@ class TokenChoiceRouter(nn.Module):
         self.top_k = config.top_k
         self.balance_loss_weight = config.balance_loss_weight
 
-    def forward(self, x: Tensor) -> tuple[RoutingPlan, RoutingRecord]:
+    def forward(self, x: Tensor, context: RouterContext) -> tuple[RoutingPlan, RoutingRecord]:
         """Plan for `x` (B, S, D) and its record."""
-        B, S, _ = x.shape
         scores = self.affinity(x).flatten(0, 1)  # (B * S, E)
         gate, expert = scores.topk(self.top_k, dim=-1)  # (B * S, K)
-        plan = plan_of_choices(gate, expert, scores.shape[1])
-        record = RoutingRecord(count_pairs(plan, B, S), S)
+        plan = RoutingPlan.of_choices(gate, expert, scores.shape[1])
+        record = RoutingRecord.of(plan, x, context)
         if self.training and self.balance_loss_weight > 0:
             loss = balance_loss(scores, plan.tokens_per_expert)
             record.losses["balance"] = self.balance_loss_weight * loss
         return plan, record
-
-
-def plan_of_choices(gate: Tensor, expert: Tensor, num_experts: int) -> RoutingPlan:
-    """The plan in which every token goes to the experts that it chose, all different.
-
-    Args:
-        gate: (T, K) weights.
-        expert: (T, K) int64.
-        num_experts: E.
-    """
-    flat = expert.flatten()
-    order = flat.argsort(stable=True)  # pairs sorted by expert
-    chosen = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
-    tokens_per_expert = chosen.scatter_add_(0, flat, torch.ones_like(flat))
-    pair_of_choice = torch.empty_like(order)
-    pair_of_choice[order] = torch.arange(len(order), device=flat.device)
-    return RoutingPlan(
-        order // expert.shape[1],
-        gate.flatten()[order],
-        tokens_per_expert,
-        capacity=None,
-        pair_of_choice=pair_of_choice,
-    )
 
 
 def balance_loss(scores: Tensor, tokens_per_expert: Tensor) -> Tensor:
@@ -125,8 +100,7 @@ class ExpertChoiceRouter(nn.Module):
         config: `num_experts`, `capacity`, `pool`, `inference` and their kin.
         predictor: learns the choice; None for plain expert choice.
 
-    Attributes:
-        training_capacity: C of Eq. 8 in training; the trainer moves it along a capacity schedule.
+    The context's capacity, where a schedule sets one, is C of training.
     """
 
     def __init__(
@@ -140,9 +114,8 @@ class ExpertChoiceRouter(nn.Module):
         self.affinity = Affinity(hidden_size, config.num_experts, start)
         self.predictor = predictor
         self.config = config
-        self.training_capacity = config.capacity
 
-    def forward(self, x: Tensor) -> tuple[RoutingPlan, RoutingRecord]:
+    def forward(self, x: Tensor, context: RouterContext) -> tuple[RoutingPlan, RoutingRecord]:
         """Plan for `x` (B, S, D) and its record."""
         B, S, _ = x.shape
         pools, T = (B, S) if self.config.pool == "sample" else (1, B * S)
@@ -151,31 +124,38 @@ class ExpertChoiceRouter(nn.Module):
         scores = scores.view(pools, T, E).transpose(1, 2)  # (G, E, T)
         logits = None if self.predictor is None else self.predictor(x.flatten(0, 1))
         if self.training or self.config.inference == "topk":
-            plan = top_tokens(scores, self._tokens_per_expert(T))
+            plan = top_tokens(scores, self._tokens_per_expert(T, context.capacity))
         else:
             fixed = self.config.inference == "fixed"
             threshold = self.config.fixed_threshold if fixed else None
             counts = self.predictor.counts(logits.view(pools, T, E), threshold)  # (G, E)
             plan = top_tokens_varying(scores, counts)
-        record = RoutingRecord(count_pairs(plan, B, S), S)
+        record = RoutingRecord.of(plan, x, context)
         if logits is not None:
             record.capacity_logits = logits.detach()
             if self.training:
                 self._report_training(record, plan, logits)
         return plan, record
 
-    def _tokens_per_expert(self, tokens: int) -> int:
+    @property
+    def keeper(self) -> CapacityPredictor | None:
+        """What keeps the router's state: the predictor, where there is one."""
+        return self.predictor
+
+    def _tokens_per_expert(self, tokens: int, scheduled: float | None) -> int:
         """k of a pool of `tokens`: Eq. 8 solved for it, and rounded down."""
-        capacity, experts = self.training_capacity, self.config.num_experts
+        capacity, experts = self.config.capacity, self.config.num_experts
         if not self.training:
-            capacity = self.config.inference_capacity or self.config.capacity
+            capacity = self.config.inference_capacity or capacity
+        elif scheduled is not None:
+            capacity = scheduled
         if self.config.round_share_first:
             return int(tokens / experts * capacity)
         # Multiplied first, a whole number is exact.
         return min(tokens, int(tokens * capacity / experts))
 
     def _report_training(self, record: RoutingRecord, plan: RoutingPlan, logits: Tensor) -> None:
-        target = chosen_mask(plan, logits.shape[0]).to(logits.dtype)
+        target = record.token_mask().to(logits.dtype)
         loss = F.binary_cross_entropy_with_logits(logits, target)
         record.losses["capacity"] = self.config.capacity_loss_weight * loss
         record.capacity_targets = target
@@ -188,7 +168,7 @@ def top_tokens(scores: Tensor, k: int) -> RoutingPlan:
     gate, index = scores.topk(k, dim=-1, sorted=False)  # (G, E, k)
     token_index = _flat_index(index, T)
     tokens_per_expert = torch.full((E,), G * k, device=scores.device)
-    return RoutingPlan(token_index, gate.transpose(0, 1).flatten(), tokens_per_expert, G * k)
+    return RoutingPlan(token_index, gate.transpose(0, 1).flatten(), tokens_per_expert, [G * k] * E)
 
 
 def top_tokens_varying(scores: Tensor, counts: Tensor) -> RoutingPlan:
@@ -203,7 +183,7 @@ def top_tokens_varying(scores: Tensor, counts: Tensor) -> RoutingPlan:
     kept = torch.nonzero_static(keep, size=sum(sizes)).squeeze(1)
     token_index = _flat_index(index, T)[kept]
     gate = gate.transpose(0, 1).flatten()[kept]
-    return RoutingPlan(token_index, gate, counts.sum(0), capacity=None, sizes=sizes)
+    return RoutingPlan(token_index, gate, counts.sum(0), sizes)
 
 
 def _flat_index(index: Tensor, tokens_in_pool: int) -> Tensor:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from config import schema
-from config.schema import DDPMConfig, SamplingConfig
+from config.objective import SAMPLERS, DDPMConfig, SamplingConfig
 from core.errors import UserError
 from core.types import ModelOutput, RoutingRecord
 from diffusion.objective import DDPM
@@ -49,7 +48,7 @@ def run(objective: DDPM, model: Recorder, num_steps: int, sampler: str | None, s
 
 
 def test_names_agree_with_the_config_schema() -> None:
-    assert DDPM.samplers == schema.SAMPLERS["ddpm"]
+    assert DDPM.samplers == SAMPLERS["ddpm"]
     assert set(get_args(get_type_hints(DDPMConfig)["noise_schedule"])) == set(SCHEDULES)
 
 

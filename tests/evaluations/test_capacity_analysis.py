@@ -30,7 +30,7 @@ def record_of(counts):
     pairs = [[b * 4 + s for b in range(B) for s in range(counts[b][e])] for e in range(E)]
     index = torch.tensor([token for part in pairs for token in part])
     sizes = torch.tensor([len(part) for part in pairs])
-    plan = RoutingPlan(index, torch.ones(len(index)), sizes, capacity=None)
+    plan = RoutingPlan(index, torch.ones(len(index)), sizes)
     return RoutingRecord(torch.tensor(counts), 4, plan=plan)
 
 

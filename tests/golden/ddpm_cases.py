@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from case import Case, LinearModel, Tensors
 from torch import Tensor
 
-from config.schema import DDPMConfig
+from config.objective import DDPMConfig
 from core.types import ModelOutput, RoutingRecord
 from diffusion.gaussian import GaussianDiffusion
 from diffusion.objective import DDPM

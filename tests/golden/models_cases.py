@@ -8,7 +8,7 @@ from case import Case, Tensors
 from torch import Tensor
 from torch.nn import Module
 
-from config.schema import FlowConfig, SamplingConfig
+from config.objective import FlowConfig, SamplingConfig
 from core.distributed import Processes
 from core.types import LossTerms, ModelOutput, RoutingRecord
 from models.dit import DiT
@@ -125,8 +125,7 @@ class ModelCase(Case):
         counts = torch.stack([record.plan.tokens_per_expert for record in records])
         self.put(f"out.{key}.k", counts)
         for block, record in self.by_block(records):
-            tokens = batch * record.num_tokens
-            mask = record.token_mask(tokens)  # (B * S, E)
+            mask = record.token_mask()  # (B * S, E)
             if self.family == "diffmoe_ec":
                 per_sample = mask.view(batch, record.num_tokens, -1).transpose(1, 2)
                 self.put(f"out.{key}.dispatch.{block}", per_sample)
@@ -139,9 +138,10 @@ class ModelCase(Case):
     def choices(self, key: str, block: int, record: RoutingRecord) -> None:
         """Experts of each token in ascending order, and their weights."""
         tokens = len(record.counts) * record.num_tokens
-        chosen = record.token_mask(tokens).nonzero()[:, 1].view(tokens, -1)
+        chosen = record.token_mask().nonzero()[:, 1].view(tokens, -1)
+        gates = record.plan.table(record.plan.gate, tokens)
         self.put(f"{key}.topk_idx.{block}", chosen)
-        self.put(f"{key}.topk_weight.{block}", record.gates(tokens).gather(1, chosen))
+        self.put(f"{key}.topk_weight.{block}", gates.gather(1, chosen))
 
     def by_block(self, records: list[RoutingRecord]) -> list[tuple[int, RoutingRecord]]:
         blocks = self.model(training=False).config.moe_blocks()
@@ -268,11 +268,10 @@ class ModelCase(Case):
         x, t, y = self.inputs("x", "t", "y")
         for step in self.config["training_iters"]:
             model = self.model(training=True)
-            router_state.begin_step(model, step)
             with torch.no_grad():
-                output = model(x, t, y)
-            router = model.blocks[model.config.moe_blocks()[0]].feed_forward.router
-            self.put(f"out.capacity.it{step}", torch.tensor(router.training_capacity))
+                output = model(x, t, y, step=step)
+            capacity = model.config.feed_forward.capacity_at(step)
+            self.put(f"out.capacity.it{step}", torch.tensor(capacity))
             self.put(f"out.k.it{step}", output.routing[0].plan.tokens_per_expert)
             self.put(f"out.model.it{step}", output.prediction)
             router_state.update(model, [output.routing], ALONE)

@@ -4,7 +4,7 @@ import torch
 from case import Case, LinearModel, Tensors
 from torch import Tensor
 
-from config.schema import FlowConfig, SamplingConfig
+from config.objective import FlowConfig, SamplingConfig
 from core.types import ModelOutput
 from sampling.guidance import Guided
 from transport import ode, sde

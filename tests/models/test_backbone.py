@@ -192,7 +192,7 @@ def test_experts_of_every_kind_are_the_dense_layer_of_that_kind(kind):
             experts.b1[0].copy_(torch.cat([linear.bias for linear in first]))
             experts.b2[0].copy_(last.bias)
     x = torch.randn(5, 8)
-    plan = RoutingPlan(torch.arange(5), torch.ones(5), torch.tensor([5]), 5)
+    plan = RoutingPlan(torch.arange(5), torch.ones(5), torch.tensor([5]), [5])
     torch.testing.assert_close(experts(x, plan), dense(x)[0])
 
 

@@ -9,7 +9,7 @@ from test_moe_layers import D, S, compare, make, without_float32
 
 from config.schema import DeepSeekConfig
 from core.distributed import Processes
-from core.types import RoutingRecord
+from core.types import RouterContext, RoutingRecord
 from models.moe.deepseek import DeepSeekRouter
 from training import router_state
 
@@ -77,7 +77,7 @@ def test_the_bias_decides_the_choice_but_not_the_weights():
     bias = torch.zeros(E)
     bias[[2, 5]] = 10.0
     module.router.correction_bias.copy_(bias)
-    plan, record = module.router(x)
+    plan, record = module.router(x, RouterContext())
     assert record.counts.sum(dim=0).nonzero().flatten().tolist() == [2, 5]
     sums = torch.zeros(x.shape[0] * S, dtype=plan.gate.dtype)
     sums.index_add_(0, plan.token_index, plan.gate.detach())
@@ -89,7 +89,7 @@ def test_the_bias_decides_the_choice_but_not_the_weights():
 
 def test_a_single_choice_is_not_normalised():
     module, x = make(dataclasses.replace(PLAIN, top_k=1))
-    plan, _ = module.router(x)
+    plan, _ = module.router(x, RouterContext())
     affinities = torch.sigmoid(x.flatten(0, 1).float() @ module.router.weight.float().T)
     torch.testing.assert_close(2.5 * affinities.amax(dim=1)[plan.token_index], plan.gate)
 
@@ -102,6 +102,17 @@ def test_the_identity_in_place_of_a_shared_expert():
     torch.testing.assert_close(other(x)[0], plain + x)
 
 
+class OneLayer(torch.nn.Module):
+    """What the trainer's router state looks at of a model: its one MoE layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def moe_layers(self):
+        return [self.layer]
+
+
 def records_of(loads):
     """One micro-batch of one layer with these tokens for each expert."""
     return [[RoutingRecord(torch.tensor([loads]), sum(loads))]]
@@ -110,32 +121,32 @@ def records_of(loads):
 def test_a_step_of_the_bias_is_against_the_sign_of_the_load_error_and_centred():
     module, _ = make(dataclasses.replace(PLAIN, num_experts=4, bias_update_rate=0.25))
     module.router.correction_bias.zero_()
-    router_state.update(module, records_of([9, 1, 4, 2]), ALONE)  # mean 4
+    router_state.update(OneLayer(module), records_of([9, 1, 4, 2]), ALONE)  # mean 4
     # The signs -1, +1, 0, +1 have the mean 1/4.
     wanted = torch.tensor([-1.25, 0.75, -0.25, 0.75], dtype=torch.float64) * 0.25
     torch.testing.assert_close(module.router.correction_bias, wanted)
-    router_state.update(module, records_of([5, 5, 5, 5]), ALONE)
+    router_state.update(OneLayer(module), records_of([5, 5, 5, 5]), ALONE)
     torch.testing.assert_close(module.router.correction_bias, wanted)
 
 
 def test_micro_batches_are_one_load():
     module, _ = make(dataclasses.replace(PLAIN, num_experts=2, bias_update_rate=0.5))
     two = records_of([9, 1]) + records_of([0, 10])  # together 9 and 11
-    router_state.update(module, two, ALONE)
+    router_state.update(OneLayer(module), two, ALONE)
     assert module.router.correction_bias.tolist() == [0.5, -0.5]
 
 
 @pytest.mark.parametrize("finite", [0.0, 1.0])
 def test_a_step_that_went_wrong_leaves_the_bias(finite):
     module, _ = make(dataclasses.replace(PLAIN, num_experts=2, bias_update_rate=0.5))
-    router_state.apply(module, torch.tensor([[3.0, 1.0]]), torch.tensor(finite))
+    router_state.apply(OneLayer(module), torch.tensor([[3.0, 1.0]]), torch.tensor(finite))
     assert module.router.correction_bias.tolist() == [-0.5 * finite, 0.5 * finite]
 
 
 def test_rate_0_holds_the_bias_fixed():
     module, _ = layer_with_bias(dataclasses.replace(PLAIN, bias_update_rate=0.0))
     before = module.router.correction_bias.clone()
-    router_state.update(module, records_of([8, 0, 0, 0, 0, 0, 0, 0]), ALONE)
+    router_state.update(OneLayer(module), records_of([8, 0, 0, 0, 0, 0, 0, 0]), ALONE)
     assert torch.equal(module.router.correction_bias, before)
 
 
@@ -158,8 +169,8 @@ def test_experts_are_computed_once_however_many_a_token_takes(top_k, monkeypatch
 def test_routing_is_float32_under_autocast():
     module, x = layer_with_bias(PLAIN)
     module, x = module.float(), x.float()
-    plain = module.router(x)[0]
+    plain = module.router(x, RouterContext())[0]
     with torch.autocast("cpu", torch.bfloat16):
-        plan = module.router(x)[0]
+        plan = module.router(x, RouterContext())[0]
     assert torch.equal(plan.gate, plain.gate)
     assert torch.equal(plan.token_index, plain.token_index)

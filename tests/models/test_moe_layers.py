@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from config.schema import DiffMoEConfig, ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
-from core.types import RoutingPlan
+from core.types import RouterContext, RoutingPlan
 from models.build import FEED_FORWARDS
-from models.moe.dispatch import chunks
+from models.moe.dispatch import chunks, combine
 
 B, S, D, E = 3, 16, 8, 4
 
@@ -178,35 +178,71 @@ def test_autocast_keeps_the_router_in_float32(layer):
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("budget", [1, 2])
-@pytest.mark.parametrize(
-    "layer",
-    [
-        ExpertChoiceConfig(num_experts=E, capacity=4.0),
-        DiffMoEConfig(num_experts=E, capacity=3.5),
-    ],
-    ids=lambda layer: layer.name,
-)
-def test_a_few_experts_at_a_time_compute_the_same(layer, budget, training, monkeypatch):
-    """Thresholds of 0 let every expert take every token in evaluation."""
-    module, x = make(layer)
+@pytest.mark.parametrize("pool", ["sample", "batch"])
+def test_a_few_experts_at_a_time_compute_the_same(pool, budget, training, monkeypatch):
+    """A schedule's start in training; in evaluation fresh thresholds let every token pass."""
+    module, x = make(DiffMoEConfig(num_experts=E, pool=pool))
     module.train(training)
+    context = RouterContext(capacity=3.5)
     found = []
     for rows in (100, budget):
         monkeypatch.setattr("models.moe.layer.ROW_BUDGET", rows)
         calls = []
         hook = module.experts.register_forward_hook(lambda *_, c=calls: c.append(1))
-        y, _ = module(x)
+        y, _ = module(x, context)
         hook.remove()
         found.append([y, *torch.autograd.grad(y.square().sum(), [x, *module.experts.parameters()])])
         assert len(calls) == 1 if rows == 100 else len(calls) > 1
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(module(x)[0], found[0][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(module(x, context)[0], found[0][0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_config_asks_for_is_computed_at_once():
+    module, x = make(ExpertChoiceConfig(num_experts=6, capacity=6.0))
+    calls = []
+    module.experts.register_forward_hook(lambda *_: calls.append(1))
+    assert module(x)[1].counts.sum() == 6 * B * S
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "index", [[], [3, 3, 3, 0], [0, 1, 2, 3, 4], [2, 2]], ids=["none", "many", "one each", "gaps"]
+)
+def test_the_combine_sums_what_each_token_has_and_its_gradient_gathers(index):
+    torch.manual_seed(0)
+    index, T = torch.tensor(index, dtype=torch.int64), 5
+    outputs = torch.randn(len(index), 3, requires_grad=True)
+    gate = torch.randn(len(index), requires_grad=True)
+    plan = RoutingPlan(index, gate, torch.ones(len(index), dtype=torch.int64))
+    wanted = torch.zeros(T, 3)
+    for pair, token in enumerate(index.tolist()):
+        wanted[token] = wanted[token] + gate[pair] * outputs[pair]
+    y = combine(outputs, plan, T)
+    torch.testing.assert_close(y, wanted)
+    if len(index):
+        weight = torch.randn(T, 3)
+        ours = torch.autograd.grad((y * weight).sum(), [outputs, gate])
+        theirs = torch.autograd.grad((wanted * weight).sum(), [outputs, gate])
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def test_a_plan_holds_its_invariants():
+    with pytest.raises(AssertionError):
+        RoutingPlan(torch.arange(3), torch.ones(2), torch.tensor([3]))
+    with pytest.raises(AssertionError):
+        RoutingPlan(torch.arange(3), torch.ones(3), torch.tensor([3]), [2])
+    assert RoutingPlan(torch.arange(4), torch.ones(4), torch.tensor([2, 2]), [2, 2]).capacity == 2
+    assert (
+        RoutingPlan(torch.arange(4), torch.ones(4), torch.tensor([1, 3]), [1, 3]).capacity is None
+    )
+    assert RoutingPlan(torch.arange(4), torch.ones(4), torch.tensor([2, 2])).capacity is None
 
 
 def test_chunks_are_consecutive_and_within_the_budget():
-    plan = RoutingPlan(torch.arange(12), torch.ones(12), torch.tensor([3, 0, 5, 1, 3]), None)
+    plan = RoutingPlan(torch.arange(12), torch.ones(12), torch.tensor([3, 0, 5, 1, 3]))
     parts = chunks(plan, 4)
     assert [(e.start, e.stop) for e, _ in parts] == [(0, 2), (2, 3), (3, 5)]
     assert [(p.start, p.stop) for _, p in parts] == [(0, 3), (3, 8), (8, 12)]

@@ -10,7 +10,6 @@ from config.schema import Config, DiffMoEConfig, ExpertChoiceConfig, ModelConfig
 from core.distributed import Processes
 from core.errors import ConfigError
 from models.build import FEED_FORWARDS, build_model
-from training.router_state import begin_step, scheduled_capacity
 
 B, S, D, E = 2, 16, 8, 4
 
@@ -62,13 +61,15 @@ def test_static_inference_at_another_capacity(capacity):
 
 def test_capacity_schedule():
     config = DiffMoEConfig(num_experts=E, capacity=1.0, capacity_schedule=(10, 30))
-    found = [scheduled_capacity(config, step) for step in (0, 10, 15, 20, 30, 1000)]
+    found = [config.capacity_at(step) for step in (0, 10, 15, 20, 30, 1000)]
     assert found == [4.0, 4.0, 3.25, 2.5, 1.0, 1.0]
     model = build_model(ModelConfig(hidden_size=D, num_heads=2, depth=2, feed_forward=config))
-    router = model.blocks[1].feed_forward.router
-    begin_step(model, 20)
-    assert router.training_capacity == 2.5
-    assert router.config.capacity == 1.0
+    x, t, y = torch.randn(2, 4, 32, 32), torch.rand(2), torch.tensor([0, 1])
+    for step, capacity in ((20, 2.5), (None, 1.0)):
+        (record,) = model(x, t, y, step=step).routing
+        assert record.counts.sum() == 2 * 256 * capacity
+    (record,) = model.eval()(x, t, y, step=20).routing  # thresholds, not the schedule
+    assert record.counts.sum() == 2 * 256 * E
 
 
 @pytest.mark.parametrize("experts", [7, 11, 13, 15, 22])
@@ -76,10 +77,10 @@ def test_the_published_rounding_loses_a_token_only_where_asked(experts):
     full = {"num_experts": experts, "capacity": float(experts)}
     layer, _ = layer_of(DiffMoEConfig(**full, round_share_first=True))
     exact, _ = layer_of(DiffMoEConfig(**full))
-    tokens = [n for n in range(1, 300) if layer.router._tokens_per_expert(n) != n]
+    tokens = [n for n in range(1, 300) if layer.router._tokens_per_expert(n, None) != n]
     assert tokens
-    assert all(layer.router._tokens_per_expert(n) == n - 1 for n in tokens)
-    assert all(exact.router._tokens_per_expert(n) == n for n in range(1, 300))
+    assert all(layer.router._tokens_per_expert(n, None) == n - 1 for n in tokens)
+    assert all(exact.router._tokens_per_expert(n, None) == n for n in range(1, 300))
 
 
 @pytest.mark.parametrize(

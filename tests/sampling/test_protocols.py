@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from config.objective import DDPMConfig, SamplingConfig
 from config.protocol import known_protocols, load_protocol
-from config.schema import Config, DDPMConfig, ParallelConfig, SamplingConfig
+from config.schema import Config, ParallelConfig
 from core.errors import ConfigError, UserError
 from sampling.flags import resolve, sampling_parser
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from config.schema import DiffMoEConfig, ModelConfig, SamplingConfig
+from config.objective import SamplingConfig
+from config.schema import DiffMoEConfig, ModelConfig
 from core.distributed import Processes
 from core.types import ModelOutput, RoutingRecord
 from data.vae import to_uint8

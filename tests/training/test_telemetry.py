@@ -21,7 +21,7 @@ from sampling.generate import Sampler
 from sampling.labels import random_labels
 from training.clock import Clock
 from training.flops import matmul_rate, training_flops
-from training.router_state import capacity_predictors
+from training.router_state import keepers
 from training.routing_statistics import routing_statistics
 from training.scores import SampleScores
 from training.trainer import train
@@ -48,14 +48,14 @@ def test_statistics_without_predictor_are_what_was_computed():
     assert found.capacity[0, 9] == 1.5  # (2 + 1) / 2; a level of 1 belongs to the last bin
     assert found.capacity[0, 1:9].isnan().all()
     assert found.mean_capacity.tolist() == [1.25]
-    assert found.thresholds is None
+    assert found.state is None
     assert found.accuracy is None
 
 
 def test_statistics_with_predictor_are_those_of_dynamic_inference():
     layer = DiffMoEConfig(num_experts=2)
     model = build_model(ModelConfig(depth=2, feed_forward=layer))
-    capacity_predictors(model)[0].thresholds.copy_(torch.tensor([0.5, 0.9]))
+    keepers(model)[0].thresholds.copy_(torch.tensor([0.5, 0.9]))
     logits = torch.tensor([[1.0, 1.0], [-1.0, 5.0], [1.0, 5.0], [1.0, -1.0]])  # 2 samples of 2
     targets = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     micro = [[record([[1, 1], [1, 1]], logits, targets)]]
@@ -63,7 +63,7 @@ def test_statistics_with_predictor_are_those_of_dynamic_inference():
     assert found.capacity[0, 0] == 2 / 2  # above: (0, 0) and (1, 1)
     assert found.capacity[0, 3] == 3 / 2  # above: (2, 0), (2, 1), (3, 0)
     assert found.accuracy.tolist() == [6 / 8]
-    torch.testing.assert_close(found.thresholds, torch.tensor([[0.5, 0.9]]))
+    torch.testing.assert_close(found.state, torch.tensor([[0.5, 0.9]]))
 
 
 def test_a_dense_model_has_no_statistics():

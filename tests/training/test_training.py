@@ -86,12 +86,12 @@ def test_ema_by_hand_and_live_thresholds():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
-        router_state.capacity_predictors(model)[0].thresholds.fill_(0.3)
+        router_state.keepers(model)[0].thresholds.fill_(0.3)
     ema.update(model, step=0)
     for average, old in zip(ema.model.parameters(), start, strict=True):
         torch.testing.assert_close(average, old + 0.25)
         assert not average.requires_grad
-    assert (router_state.capacity_predictors(ema.model)[0].thresholds == 0.3).all()
+    assert (router_state.keepers(ema.model)[0].thresholds == 0.3).all()
 
 
 def test_ema_warmup_starts_short():
@@ -111,7 +111,7 @@ def test_thresholds_take_one_step_from_the_mean_quantile(tmp_path):
     result = step(state, batches(2))
     quantiles = torch.stack([layers[0].quantiles for layers in result.records])
     assert quantiles.shape == (2, 4)
-    predictor = router_state.capacity_predictors(state.model)[0]
+    predictor = router_state.keepers(state.model)[0]
     torch.testing.assert_close(predictor.thresholds, 0.05 * quantiles.mean(0))
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from config.schema import FlowConfig, SamplingConfig
+from config.objective import FlowConfig, SamplingConfig
 from core.errors import UserError
 from core.types import ModelOutput, RoutingRecord
 from transport.objective import Flow, interval

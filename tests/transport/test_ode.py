@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
-from config.schema import ODE_METHODS
+from config.objective import ODE_METHODS
 from transport import ode
 
 START = torch.tensor([[1.0, -2.0], [0.5, 3.0]], dtype=torch.float64)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from config.schema import FlowConfig, SamplingConfig
+from config.objective import FlowConfig, SamplingConfig
 from core.types import ModelOutput
 from transport import sde
 from transport.objective import Flow
