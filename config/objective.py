@@ -47,11 +47,21 @@ class DDPMConfig:
         name: which objective.
         num_timesteps: steps of the noising process; step 0 is nearest the data.
         noise_schedule: betas over these steps.
+        timestep_respacing: train on a shorter chain: a number of steps, numbers of each section
+            (10,15,20), or ddimN; by default on all steps.
+        prediction: what the model predicts, the noise (`epsilon`) or the data (`start_x`).
+        variance_type: reverse variance of a model that does not learn it (model.learn_sigma false).
+        loss: `mse` and, for a learned variance, the bound; the same with the bound times T / 1000
+            (`rescaled_mse`); or T times the bound alone (`kl`).
     """
 
     name: Literal["ddpm"] = "ddpm"
     num_timesteps: int = 1000
     noise_schedule: Literal["linear", "squaredcos_cap_v2"] = "linear"
+    timestep_respacing: str = ""
+    prediction: Literal["epsilon", "start_x"] = "epsilon"
+    variance_type: Literal["fixed_large", "fixed_small"] = "fixed_large"
+    loss: Literal["mse", "rescaled_mse", "kl"] = "mse"
 
 
 ObjectiveConfig = FlowConfig | DDPMConfig
@@ -75,6 +85,8 @@ class SamplingConfig:
             batch, whose tokens a batch-level router then pools.
         atol: absolute tolerance of adaptive methods.
         rtol: relative tolerance of adaptive methods.
+        ddim_eta: noise of ddim: 0 is deterministic, 1 has the variance of ddpm.
+        clip_denoised: ddpm and ddim hold the implied data within [-1, 1]; for pixels.
         overshoot: adaptive methods step past the last time and interpolate back, as published
             samplers do, asking the model about times that it never saw.
         diffusion_form: w(t) of the SDE dx = (v + w s) dt + sqrt(2 w) dW.
@@ -92,6 +104,8 @@ class SamplingConfig:
     cfg_pooling: Literal["separate", "joint"] = "separate"
     atol: float = 1e-6
     rtol: float = 1e-3
+    ddim_eta: float = 0.0
+    clip_denoised: bool = False
     overshoot: bool = False
     diffusion_form: Literal[
         "constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing"

@@ -200,6 +200,8 @@ def _check_sampling(config: Config) -> None:
             f"sampling.num_steps: {config.sampling.num_steps} is more than "
             f"objective.num_timesteps {config.objective.num_timesteps}",
         )
+        eta = config.sampling.ddim_eta
+        require(0 <= eta <= 1, f"sampling.ddim_eta: {eta} is not in [0, 1]")
 
 
 def _check_interval(config: Config) -> None:

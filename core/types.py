@@ -214,3 +214,8 @@ class Objective(Protocol):
 
         `settings` is a `config.objective.SamplingConfig`; `draw` serves stochastic samplers.
         """
+
+    def bits_per_dim(
+        self, model: Model, x: Tensor, cond: Tensor, settings: Any, draw: Draw
+    ) -> Tensor:
+        """(B,) code length of data `x` (B, C, H, W), in bits for each of its numbers."""

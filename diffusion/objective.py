@@ -1,19 +1,15 @@
 """The DDPM objective: what to train on, and how to sample from the result."""
 
-from typing import TYPE_CHECKING, get_args
-
 import torch
 from torch import Tensor
 
+from config.objective import DDPMConfig, SamplingConfig
 from core.errors import UserError, unknown_name
 from core.types import Draw, LossTerms, Model
-from diffusion.gaussian import GaussianDiffusion, LossType, MeanType, VarianceType
+from diffusion.gaussian import GaussianDiffusion
 from diffusion.respace import kept_timesteps, respaced_betas
 from diffusion.sampler import SAMPLERS
 from diffusion.schedule import named_betas
-
-if TYPE_CHECKING:
-    from config.objective import DDPMConfig, SamplingConfig
 
 
 class DDPM:
@@ -23,31 +19,16 @@ class DDPM:
     2C channels for data of C.
 
     Args:
-        config: length of the chain and its schedule.
-        mean_type: what the model predicts.
-        variance_type: reverse variance of a model that does not learn it.
-        loss: which loss is minimised.
-        respacing: train on a shorter chain, a spec of `diffusion.respace`; "" is all steps.
+        config: the chain, what is predicted, the loss.
     """
 
     samplers: tuple[str, ...] = tuple(SAMPLERS)
 
-    def __init__(
-        self,
-        config: "DDPMConfig",
-        *,
-        mean_type: MeanType = "epsilon",
-        variance_type: VarianceType = "fixed_large",
-        loss: LossType = "mse",
-        respacing: str = "",
-    ):
-        if loss not in get_args(LossType):
-            raise unknown_name("loss", loss, get_args(LossType))
-        self.loss: LossType = loss
-        self.mean_type: MeanType = mean_type
-        self.variance_type: VarianceType = variance_type
+    def __init__(self, config: DDPMConfig):
+        self.config = config
         self.betas = named_betas(config.noise_schedule, config.num_timesteps)
-        self.diffusion = self._chain(kept_timesteps(config.num_timesteps, respacing))
+        kept = kept_timesteps(config.num_timesteps, config.timestep_respacing)
+        self.diffusion = self._chain(kept)
 
     def training_losses(
         self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
@@ -79,25 +60,25 @@ class DDPM:
         """
         x_t = self.diffusion.q_sample(x, t, noise)
         output = model(x_t, self.diffusion.model_time(t), cond)
-        terms = self.diffusion.loss_terms(output.prediction, x, x_t, t, noise, self.loss)
+        terms = self.diffusion.loss_terms(output.prediction, x, x_t, t, noise, self.config.loss)
         per_sample = torch.stack(list(terms.values())).sum(dim=0)
         named = {name: term.detach() for name, term in terms.items()}
         level = t / self.diffusion.num_timesteps
         return LossTerms(per_sample, named, output.routing, level)
 
     def sample(
-        self, model: Model, noise: Tensor, cond: Tensor, settings: "SamplingConfig", draw: Draw
+        self, model: Model, noise: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
     ) -> Tensor:
         """Data (B, C, H, W) from `noise` of that shape.
 
-        The implied data is never clipped: latents have no bounds.
+        The implied data is not clipped unless that is asked for: latents have no bounds.
 
         Args:
             model: called once per step with x_t, the trained chain's t, and `cond`.
             noise: standard normal, x at the last step.
             cond: conditions of the samples.
-            settings: `sampler` and `num_steps` are read; no sampler means `ddpm`.
-            draw: noise of one step, for `ddpm`; `ddim` is deterministic.
+            settings: `sampler`, `num_steps`, `ddim_eta`, `clip_denoised`; no sampler means `ddpm`.
+            draw: noise of one step, for `ddpm`, and for `ddim` with an eta.
 
         Raises:
             UserError: for an unknown sampler or a number of steps outside 1 ... T.
@@ -105,7 +86,34 @@ class DDPM:
         name = self.samplers[0] if settings.sampler is None else settings.sampler
         if name not in SAMPLERS:
             raise unknown_name("sampling.sampler", name, SAMPLERS)
-        return SAMPLERS[name](self.respaced(settings.num_steps), model, noise, cond, draw)
+        chain, options = self.respaced(settings.num_steps), {"clip": settings.clip_denoised}
+        if name == "ddim":
+            options["eta"] = settings.ddim_eta
+        return SAMPLERS[name](chain, model, noise, cond, draw, **options)
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self, model: Model, x: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
+    ) -> Tensor:
+        """(B,) the variational bound of data `x` (B, C, H, W) over all steps of the chain (Eq. 5).
+
+        L_0 counts `x` as 8-bit values scaled to [-1, 1]: for pixels a bound on their code length,
+        for latents a number to compare models of one VAE by.
+
+        Args:
+            model: called once per step.
+            x: data.
+            cond: conditions of the samples.
+            settings: not looked at; the trained chain is walked.
+            draw: fresh noise of one step.
+        """
+        total = self.diffusion.prior_bpd(x)
+        for step in range(self.diffusion.num_timesteps):
+            t = torch.full((len(x),), step, device=x.device)
+            x_t = self.diffusion.q_sample(x, t, draw())
+            prediction = model(x_t, self.diffusion.model_time(t), cond).prediction
+            total = total + self.diffusion.variational_bound(prediction, x, x_t, t)
+        return total
 
     def respaced(self, num_steps: int) -> GaussianDiffusion:
         """The chain through `num_steps` evenly spaced steps, the last one among them."""
@@ -121,5 +129,8 @@ class DDPM:
 
     def _chain(self, kept: list[int]) -> GaussianDiffusion:
         return GaussianDiffusion(
-            respaced_betas(self.betas, kept), kept, self.mean_type, self.variance_type
+            respaced_betas(self.betas, kept),
+            kept,
+            self.config.prediction,
+            self.config.variance_type,
         )

@@ -66,6 +66,12 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add("--cfg-pooling", choices=["separate", "joint"], help="both halves in one batch, or not")
     add("--atol", type=float, help="absolute tolerance of adaptive solvers")
     add("--rtol", type=float, help="relative tolerance of adaptive solvers")
+    add("--ddim-eta", type=float, help="noise of ddim, 0 for none")
+    add(
+        "--clip-denoised",
+        action=argparse.BooleanOptionalAction,
+        help="ddpm, ddim: implied data within [-1, 1]",
+    )
     add(
         "--overshoot",
         action=argparse.BooleanOptionalAction,

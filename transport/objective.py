@@ -1,6 +1,7 @@
 """Flow matching along a path as an objective: losses, and sampling by an ODE or an SDE."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -196,6 +197,23 @@ class Flow:
             settings.rtol,
             settings.overshoot,
         )
+
+    def bits_per_dim(
+        self, model: Model, x: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
+    ) -> Tensor:
+        """(B,) -log2 of the density of data `x` (B, C, H, W), for each of its numbers.
+
+        A density of continuous numbers: it may be negative, and compares models of one VAE.
+
+        Args:
+            model: differentiable in its first argument.
+            x: data.
+            cond: conditions, handed on.
+            settings: `sampler` (an ODE method), `num_steps`, tolerances.
+            draw: noise, whose signs probe the divergence.
+        """
+        nats, _ = self.log_likelihood(model, x, cond, settings, draw().sign())
+        return -nats / (math.log(2) * x[0].numel())
 
 
 def interval(

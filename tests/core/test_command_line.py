@@ -19,6 +19,7 @@ PROGRAMS = [
     "evaluations.compare",
     "evaluations.digits",
     "evaluations.evaluate",
+    "evaluations.likelihood",
     "evaluations.make_reference",
     "evaluations.sweep",
     "evaluations.threshold_search",

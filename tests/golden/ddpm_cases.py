@@ -30,18 +30,16 @@ TABLE_NAMES = {
 
 def objective(options: dict, respacing: str) -> DDPM:
     """Ours for the keywords with which the published code makes a chain."""
+    loss = "rescaled_mse" if options.get("rescale_learned_sigmas") else "mse"
     config = DDPMConfig(
         num_timesteps=options.get("diffusion_steps", 1000),
         noise_schedule=options.get("noise_schedule", "linear"),
-    )
-    loss = "rescaled_mse" if options.get("rescale_learned_sigmas") else "mse"
-    return DDPM(
-        config,
-        mean_type="start_x" if options.get("predict_xstart") else "epsilon",
+        timestep_respacing=options.get("timestep_respacing", respacing),
+        prediction="start_x" if options.get("predict_xstart") else "epsilon",
         variance_type="fixed_small" if options.get("sigma_small") else "fixed_large",
         loss="kl" if options.get("use_kl") else loss,
-        respacing=options.get("timestep_respacing", respacing),
     )
+    return DDPM(config)
 
 
 class Schedule(Case):
