@@ -32,12 +32,10 @@ def find_config(name: str, field: str = "--config") -> Path:
     Raises:
         ConfigError: there is neither; names that are near are listed.
     """
-    if Path(name).is_file():
-        return Path(name)
     bare = name.removesuffix(".yaml")
-    own = FOLDER / f"{bare}.yaml"
-    if bare and own.is_file():
-        return own
+    for path in (Path(name), FOLDER / f"{bare}.yaml"):
+        if bare and path.is_file():
+            return path
     known = known_configs()
     wanted = "/".join(Path(bare).parts[-2:]).removeprefix("config/")
     near = difflib.get_close_matches(wanted, known, n=4, cutoff=0.5)
@@ -72,8 +70,9 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: must be one file or name, not {base!r}")
-    below = path.parent / base
-    below = below if below.is_file() else find_config(base, f"{path}: base")
+    beside = [path.parent / base, path.parent / f"{base}.yaml"]
+    found = next((file for file in beside if file.is_file()), None)
+    below = found or find_config(str(FOLDER / base), f"{path}: base")
     return merge(read_file(below, (*seen, path)), raw)
 
 

@@ -160,6 +160,13 @@ def _check_batch(config: Config, world_size: int) -> None:
         f"--train.global_batch_size {multiple}",
     )
     fitting = fitting_micro_batch(config, world_size)
+    share = total // world_size
+    require(
+        2 * fitting > min(micro, share) or layer.pools_batch(),
+        f"train.global_batch_size: {total} images over {world_size} process(es) leave "
+        f"micro-batches of {fitting}, far below train.micro_batch_size {micro}; add "
+        f"--train.global_batch_size {multiple}",
+    )
     tokens = fitting * (config.model.input_size // config.model.patch_size) ** 2
     require(
         fitting == micro or not layer.pools_batch(),

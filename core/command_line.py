@@ -54,7 +54,8 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
     """Names a default where there is one that says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        nothing = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        silent = nothing or "default" in action.help
         return action.help if silent else super()._get_help_string(action)
 
 

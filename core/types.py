@@ -56,6 +56,8 @@ class RoutingPlan:
     sizes: list[int] | None = None
 
     def __post_init__(self):
+        if not isinstance(self.token_index, Tensor):  # a tree of something else in its shape
+            return
         assert self.token_index.shape == self.gate.shape
         if self.sizes is not None:
             assert len(self.sizes) == len(self.tokens_per_expert)

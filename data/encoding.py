@@ -136,14 +136,8 @@ def encode_shards(
         ]
         for number in numbers
     }
-    loader = DataLoader(
-        _Batches(folder, options.image_size),
-        batch_sampler=[batch for number in numbers for batch in batches[number]],
-        num_workers=options.num_workers,
-        collate_fn=_as_it_is,
-        pin_memory=processes.device.type == "cuda",
-    )
-    arriving = iter(loader)
+    work = [batch for number in numbers for batch in batches[number]]
+    arriving = iter(_loader(options, folder, work, processes))
     todo = sum(len(shards[number]) for number in numbers)
     done = len(folder) - sum(len(shards[number]) for number in missing)
     done //= processes.world_size
@@ -169,6 +163,19 @@ def encode_shards(
         for done in pending:
             done.result()
     return todo
+
+
+def _loader(
+    options: CacheOptions, folder: ImageFolder, work: list[list[int]], processes: Processes
+) -> DataLoader:
+    """Reads the batches `work` of indices, in their order."""
+    return DataLoader(
+        _Batches(folder, options.image_size),
+        batch_sampler=work,
+        num_workers=options.num_workers,
+        collate_fn=_as_it_is,
+        pin_memory=processes.device.type == "cuda",
+    )
 
 
 class _Encoder:

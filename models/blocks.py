@@ -33,7 +33,7 @@ class Modulation(nn.Sequential):
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
         with outside_autocast(c.device):
-            return super().forward(c).chunk(self.count, dim=1)
+            return super().forward(c.to(self[1].weight.dtype)).chunk(self.count, dim=1)
 
 
 class DiTBlock(nn.Module):

@@ -117,14 +117,14 @@ def summarize(config: ModelConfig) -> Summary:
         model = build_model(config)
     layer = config.feed_forward
     routed = isinstance(layer, MoEConfig)
-    plain = routed and layer.shared_mlp == "none" and config.leading_dense == 0
+    plain = routed and layer.shared_mlp == "none" and layer.expert_mlp in (None, config.mlp)
+    alike = plain and config.expert_width() == config.dense_width()
     return Summary(
         roles=model.parameters_by_role(),
         positions=model.positions.numel() if config.positions == "sincos" else 0,
         num_experts=layer.num_experts if routed else 0,
         capacity=layer.experts_per_token() if routed else 1.0,
-        fits_equation=not routed
-        or (plain and config.moe_every == 2 and config.expert_width() == config.dense_width()),
+        fits_equation=not routed or (alike and 2 * len(config.moe_blocks()) == config.depth),
     )
 
 

@@ -177,6 +177,8 @@ def main() -> None:
     parser.add_argument("--config", help="with --official: config of the published model")
     parser.add_argument("--out", type=Path, required=True, help="folder, or .pt file")
     flags, keys = parser.parse_known_args()
+    if flags.official is None and flags.config is not None:
+        raise UserError("--config: goes with --official only")
     if keys and flags.config is None:
         parser.error(f"unrecognized arguments: {' '.join(keys)}")
     if flags.to_official is not None:

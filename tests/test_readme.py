@@ -11,6 +11,7 @@ from config.files import known_configs
 from config.load import parse_config
 from config.objective import OBJECTIVES
 from config.schema import Config, ModelConfig
+from core.types import ModelOutput
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
 from models.summary import comparison
@@ -105,3 +106,17 @@ def test_named_config_keys_and_commands_exist(path):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
     for link in re.findall(r"\]\((docs/\S+?)\)", text) + re.findall(r"`(scripts/\S+?)`", text):
         assert (ROOT / link).exists(), link
+
+
+def test_the_example_of_inversion_and_trajectories():
+    text = (ROOT / "docs/evaluation.md").read_text()
+    block = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    latents = torch.randn(2, 4, 4, 4)
+    names = {"model": lambda x, t, cond: ModelOutput(0.1 * x), "latents": latents, "cond": None}
+    exec(block, names)
+    assert names["noise"].shape == latents.shape
+    assert names["states"].shape == (26, *latents.shape)
+    torch.testing.assert_close(names["states"][0], names["noise"])
+    # x = t data + (1 - t) noise and v = data - noise, so noise = x - t v.
+    wanted = names["states"][10] - names["grid"][10] * names["velocity"]
+    torch.testing.assert_close(names["implied"], wanted)

@@ -205,7 +205,8 @@ def _warn_of_changes(facts: dict, config: Config, processes: Processes) -> None:
         "world_size": processes.world_size,
     }
     meaning = {
-        "micro_batch_size": "another pool of tokens for batch-level routing",
+        "micro_batch_size": "other noise and times"
+        + (", and another pool of tokens" if config.model.feed_forward.pools_batch() else ""),
         "world_size": "sums in another order, so that results agree up to rounding",
     }
     for key, value in here.items():

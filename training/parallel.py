@@ -89,8 +89,10 @@ def prepare(model: DiT, config: Config, processes: Processes) -> nn.Module:
     if config.train.activation_checkpointing:
         model.enable_gradient_checkpointing()
     if config.train.compile:
+        # The steps of a capacity schedule differ in their number of pairs.
+        scheduled = config.model.feed_forward.capacity_at(0) is not None
         for block in model.blocks:
-            compile_block(block)
+            compile_block(block, dynamic=None if scheduled else False)
     if processes.world_size == 1 or isinstance(model, FSDPModule):
         return model
     cuda = processes.device.type == "cuda"
@@ -105,13 +107,13 @@ def prepare(model: DiT, config: Config, processes: Processes) -> nn.Module:
     )
 
 
-def compile_block(block: nn.Module, **options) -> None:
+def compile_block(block: nn.Module, dynamic: bool | None = False, **options) -> None:
     """Compile a block in place.
 
-    Shapes stay fixed: the blocks of JiT have two lengths of the sequence, and a second one would
-    make it a symbol in every graph.
+    Shapes stay fixed by default: the blocks of JiT have two lengths of the sequence, and a second
+    one would make it a symbol in every graph.
     """
-    block.compile(dynamic=False, **options)
+    block.compile(dynamic=dynamic, **options)
 
 
 @contextmanager

@@ -58,16 +58,18 @@ def train(config: Config, processes: Processes) -> None:
 def _shared_evenly(config: Config, processes: Processes) -> Config:
     """The config with a micro-batch that this number of processes shares a step by.
 
-    A smaller one is the same training, since `validate` lets it through only where routing does
-    not see the batch.
+    A smaller one is the same training with other draws, since `validate` lets it through only
+    where routing does not see the batch.
     """
     fitting = fitting_micro_batch(config, processes.world_size)
     if fitting == config.train.micro_batch_size:
         return config
+    balanced = getattr(config.model.feed_forward, "balance_loss_weight", 0) > 0
     log.info(
-        "train.micro_batch_size: %d instead of %d, so that %d processes share %d images",
+        "train.micro_batch_size: %d instead of %d, so that %d processes share %d images%s",
         *(fitting, config.train.micro_batch_size),
         *(processes.world_size, config.train.global_batch_size),
+        "; the balance loss is that of the smaller ones" if balanced else "",
     )
     return dataclasses.replace(
         config, train=dataclasses.replace(config.train, micro_batch_size=fitting)

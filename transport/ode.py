@@ -53,11 +53,6 @@ def solve(
         # The trial step that sets the size of the first one may reach beyond the end.
         return field(y, t if overshoot else t.clamp(low, high))
 
-    options = {}
-    if method not in ADAPTIVE:
-        options = {"grid_constructor": lambda f, y, t: grid}
-    elif not overshoot and method != "scipy_solver":
-        options = {"step_t": grid[-1:]}
     if method != "scipy_solver":
         # Lists become tensors in the precision of the state, as in published samplers: step sizes
         # are sensitive to such rounding.
@@ -70,11 +65,18 @@ def solve(
         method=RENAMED.get(method, method),
         atol=atol,
         rtol=rtol,
-        options=options,
+        options=_options(method, grid, overshoot),
     )
     if trajectory:
         return states
     return tuple(s[-1] for s in states) if isinstance(states, tuple) else states[-1]
+
+
+def _options(method: str, grid: Tensor, overshoot: bool) -> dict:
+    """What torchdiffeq is told of the times, beside the first and the last."""
+    if method not in ADAPTIVE:
+        return {"grid_constructor": lambda f, y, t: grid}
+    return {} if overshoot or method == "scipy_solver" else {"step_t": grid[-1:]}
 
 
 def _heun_then_euler(field: Callable, x: Tensor, grid: Tensor, trajectory: bool) -> Tensor:

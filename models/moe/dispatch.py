@@ -26,37 +26,53 @@ def combine(outputs: Tensor, plan: RoutingPlan, num_tokens: int) -> Tensor:
     Returns:
         (T, D) float32.
     """
-    return _SegmentSum.apply(outputs.float(), plan.gate.float(), plan.token_index, num_tokens)
+    order = plan.token_index.argsort(stable=True)
+    counts = torch.zeros(num_tokens, dtype=torch.int64, device=order.device)
+    counts.scatter_add_(0, plan.token_index, torch.ones_like(plan.token_index))
+    ends = F.pad(counts.cumsum(0), (1, 0))  # (T + 1,) where the pairs of each token begin
+    return segment_sum(outputs.float(), plan.gate.float(), plan.token_index, order, ends)
 
 
-class _SegmentSum(torch.autograd.Function):
-    """Weighted sums of the rows of each token; the gradient gathers what the token got."""
+@torch.library.custom_op("diffmoe::segment_sum", mutates_args=())
+def segment_sum(
+    outputs: Tensor, gate: Tensor, token_index: Tensor, order: Tensor, ends: Tensor
+) -> Tensor:
+    """Weighted sums of the rows of each token; the gradient gathers what the token got.
 
-    @staticmethod
-    def forward(outputs: Tensor, gate: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
-        order = token_index.argsort(stable=True)
-        counts = torch.zeros(num_tokens, dtype=torch.int64, device=order.device)
-        counts.scatter_add_(0, token_index, torch.ones_like(token_index))
-        ends = F.pad(counts.cumsum(0), (1, 0))  # (T + 1,) where the pairs of each token begin
-        return F.embedding_bag(
-            order,
-            outputs,
-            ends,
-            mode="sum",
-            per_sample_weights=gate[order],
-            include_last_offset=True,
-        )
+    An operator of its own, since the library's gradient of a bag adds by index, and so that
+    compiled graphs with any number of pairs take it as it is.
 
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
-        outputs, gate, token_index, _ = inputs
-        ctx.save_for_backward(outputs, gate, token_index)
+    Args:
+        outputs: (N, D).
+        gate: (N,) weights.
+        token_index: (N,) the token of each row.
+        order: (N,) rows sorted by token.
+        ends: (T + 1,) where the rows of each token begin in that order.
+    """
+    weights = gate[order]
+    return F.embedding_bag(
+        order, outputs, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        outputs, gate, token_index = ctx.saved_tensors
-        rows = grad.index_select(0, token_index)  # (N, D)
-        return rows * gate[:, None], (rows * outputs).sum(dim=1), None, None
+
+@segment_sum.register_fake
+def _shape(
+    outputs: Tensor, gate: Tensor, token_index: Tensor, order: Tensor, ends: Tensor
+) -> Tensor:
+    return outputs.new_empty(ends.shape[0] - 1, outputs.shape[1])
+
+
+def _keep(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    outputs, gate, token_index = ctx.saved_tensors
+    rows = grad.index_select(0, token_index)  # (N, D)
+    return rows * gate[:, None], (rows * outputs).sum(dim=1), None, None, None
+
+
+segment_sum.register_autograd(_gradient, setup_context=_keep)
 
 
 def chunks(plan: RoutingPlan, budget: int) -> list[tuple[slice, slice]]:

@@ -55,6 +55,11 @@ def test_processes_that_no_micro_batch_serves_are_refused():
     parse("dit/S_flow", 3, "--train.global_batch_size", "192")
 
 
+def test_a_batch_that_leaves_tiny_micro_batches_is_refused():
+    with pytest.raises(ConfigError, match=r"leave micro-batches of 1, far below .* 64; add "):
+        parse("dit/XL_ddpm", 2, "--train.global_batch_size", "254")
+
+
 def commands(text: str) -> list[tuple[list[str], int]]:
     """Arguments of train.py in the shell lines of `text`, and the processes that they start."""
     found = []

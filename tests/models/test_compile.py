@@ -96,6 +96,24 @@ def test_blocks_before_and_after_the_class_tokens_have_fixed_shapes():
     assert all(type(t) is int for t in tokens)
 
 
+def test_a_capacity_schedule_settles_in_few_graphs():
+    layer = DiffMoEConfig(num_experts=4, capacity_schedule=(4, 1000))
+    made = build_model(ModelConfig(**SHAPE, feed_forward=layer)).train()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    x, t, y = torch.randn(3, 4, 4, 4), torch.rand(3), torch.tensor([0, 1, 3])
+    wanted = {step: made(x, t, y, step=step).routing[0].counts for step in range(4, 400, 36)}
+    for block in made.blocks:
+        compile_block(block, dynamic=None, backend=backend)
+    for step, counts in wanted.items():
+        assert torch.equal(made(x, t, y, step=step).routing[0].counts, counts)
+    assert len(graphs) <= 6  # of eleven steps with other counts, in two blocks
+
+
 def test_a_block_with_every_option_of_the_backbone_has_no_graph_break():
     options = {"rope": "2d", "norm": "rmsnorm", "qk_norm": True, "num_kv_heads": 1}
     config = ModelConfig(**SHAPE, **options, feed_forward=DiffMoEConfig(num_experts=4))

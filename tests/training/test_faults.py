@@ -140,7 +140,10 @@ def test_another_pool_works_and_warns(flags, tmp_path, caplog):
     run(flags(train__max_steps=4))
     with caplog.at_level(logging.WARNING):
         run(flags(train__micro_batch_size=2))
-    assert "micro_batch_size: was 4, is 2 now: another pool of tokens" in caplog.text
+    assert (
+        "micro_batch_size: was 4, is 2 now: other noise and times, and another pool of tokens"
+        in caplog.text
+    )
     assert find_checkpoint(tmp_path / "run").name == "step_0000008"
 
 
