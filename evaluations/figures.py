@@ -66,7 +66,7 @@ def expert_figure(shares: np.ndarray) -> Figure:
         if layer < layers:
             axes.plot(np.arange(1, len(shares) + 1), shares[:, layer], lw=0.9)
             axes.set_title(f"MoE layer {layer + 1}", fontsize=9)
-            axes.set_ylim(bottom=0.0)
+    grid[0, 0].set_ylim(bottom=0.0)  # shared; set once all lines are there, lest it stop growing
     figure.supxlabel("model evaluation, from noise to data", fontsize=9)
     figure.supylabel("share of tokens", fontsize=9)
     figure.suptitle("What each expert computes (one line an expert)", fontsize=10)

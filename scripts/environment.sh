@@ -10,10 +10,11 @@ use_environment() {
         "$python" -m venv .venv
     fi
     stamp=".venv/installed-${extra:-base}"
-    if ! cmp -s pyproject.toml "$stamp"; then
+    # Another folder's installation is not this one's.
+    if ! cmp -s <(echo "$PWD"; cat pyproject.toml) "$stamp"; then
         echo "Installing into .venv (a few minutes, once)"
         .venv/bin/python -m pip install --quiet --editable ".${extra:+[$extra]}"
-        cp pyproject.toml "$stamp"
+        (echo "$PWD"; cat pyproject.toml) > "$stamp"
     fi
     export PATH="$PWD/.venv/bin:$PATH"
 }

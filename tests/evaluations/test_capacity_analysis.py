@@ -175,6 +175,14 @@ def test_the_class_figure_shows_hardest_first_with_their_images(a_set):
     assert drawn[4, ::4, 0].tolist() == [100, 103, 107, 255, 255]
 
 
+def test_no_expert_leaves_its_figure():
+    shares = np.full((5, 3, 2), 0.1)
+    shares[4, 1, 0] = 0.9  # in the second layer only
+    for axes in capacity.expert_figure(shares).axes:
+        low, high = axes.get_ylim()
+        assert (low, high > 0.9) == (0.0, True)
+
+
 def test_the_step_figure_has_a_line_for_each_half(a_set):
     layers = over_classes(read_run(a_set[0]).table).sum(axis=-1)
     axes = capacity.step_figure(layers, capacity.SIDES).axes[0]
