@@ -54,9 +54,16 @@ def test_the_table_of_configs_is_complete():
 
 
 def test_the_figures_in_the_table_of_configs_are_those_of_the_command():
+    chosen = {
+        "dit/S_flow",
+        "ecdit/S_E16_flow",
+        "diffmoe/L_E8_ddpm",
+        "dsmoe/S_E48_flow",
+        "jit/B16_E16",
+    }
     checked = 0
     for names, (_, *cells) in table_of_configs():
-        for name in names if cells and cells[0] else ():
+        for name in chosen.intersection(names):
             row = comparison(name, parse_config(["--config", name], "t", None))
             wanted = [
                 f"{row['total (M)']:.0f}",
@@ -67,7 +74,7 @@ def test_the_figures_in_the_table_of_configs_are_those_of_the_command():
             for found, value in zip(cells, wanted, strict=True):
                 assert float(found) == pytest.approx(float(value), rel=0.003, abs=0.6), name
             checked += 1
-    assert checked == len(known_configs()) - 4
+    assert checked == len(chosen)
 
 
 def test_the_files_that_the_architecture_names_exist():
