@@ -26,14 +26,14 @@ def known_configs() -> list[str]:
     return sorted(name.as_posix() for name in names if not set(name.parts) & set(NOT_RUNS))
 
 
-def find_config(name: str, field: str = "--config") -> Path:
-    """The file `name`, or the project's own config of that name, with or without `.yaml`.
+def find_config(name: str, field: str = "--config", folder: Path = Path()) -> Path:
+    """The file `name` in `folder`, or the project's own config, with or without `.yaml`.
 
     Raises:
         ConfigError: there is neither; names that are near are listed.
     """
     bare = name.removesuffix(".yaml")
-    for path in (Path(name), FOLDER / f"{bare}.yaml"):
+    for path in (folder / name, folder / f"{bare}.yaml", FOLDER / f"{bare}.yaml"):
         if bare and path.is_file():
             return path
     known = known_configs()
@@ -70,9 +70,7 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         return raw
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: must be one file or name, not {base!r}")
-    beside = [path.parent / base, path.parent / f"{base}.yaml"]
-    found = next((file for file in beside if file.is_file()), None)
-    below = found or find_config(str(FOLDER / base), f"{path}: base")
+    below = find_config(base, f"{path}: base", path.parent)
     return merge(read_file(below, (*seen, path)), raw)
 
 

@@ -15,6 +15,7 @@ class CapacityPredictor(nn.Module):
     """
 
     role = "predictor"
+    state_name = "thresholds"
     thresholds: Tensor
 
     def __init__(self, hidden_size: int, num_experts: int, threshold_decay: float):
@@ -49,8 +50,6 @@ class CapacityPredictor(nn.Module):
         """
         limit = self.thresholds if threshold is None else threshold
         return (logits.sigmoid() > limit).sum(dim=-2)
-
-    state_name = "thresholds"
 
     @property
     def state(self) -> Tensor:

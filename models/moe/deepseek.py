@@ -29,6 +29,7 @@ class DeepSeekRouter(nn.Module):
     """
 
     correction_bias: Tensor
+    state_name = "correction_bias"
 
     def __init__(self, hidden_size: int, config: DeepSeekConfig):
         super().__init__()
@@ -60,8 +61,6 @@ class DeepSeekRouter(nn.Module):
             fill = 0.0 if config.zero_masked_groups else float("-inf")
             scores = groups.masked_fill(outside[:, :, None], fill).flatten(1)
         return scores.topk(config.top_k, dim=1).indices
-
-    state_name = "correction_bias"
 
     @property
     def keeper(self) -> "DeepSeekRouter":
