@@ -96,6 +96,37 @@ def _meeting_place(rank: int, world: int) -> dict[str, Any]:
     }
 
 
+LOST = (
+    *("timed out", "timeout", "connection closed", "connection reset", "connection refused"),
+    *("exited unexpectedly", "is killed by signal", "broken pipe", "end of file"),
+    *("nccl", "gloo", "remote process exited", "socket"),
+)
+"""What torch and its backends say, in small letters, when a process or a network is gone."""
+
+
+@contextmanager
+def losses_named() -> Iterator[None]:
+    """One line for a loader worker or another process that died or does not answer.
+
+    Raises:
+        UserError: in place of the many errors of loaders and backends.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        known = not isinstance(error, RuntimeError) or any(s in text.lower() for s in LOST)
+        if not known:
+            raise
+        raise UserError(
+            f"a data worker or another process died or does not answer: {text[:200]}; the first "
+            "error of another process, if there is one, tells more; what is finished is kept, and "
+            "the same command goes on from there (for training with --resume auto)"
+        ) from error
+
+
 NO_HURRY = 24 * 3600.0
 """Timeout where processes share whole blocks of work and one of them may have more of it to do."""
 
@@ -138,7 +169,8 @@ def processes(
             **_meeting_place(rank, world),
         )
     try:
-        yield Processes(rank, world, place)
+        with losses_named():
+            yield Processes(rank, world, place)
     finally:
         torch.set_num_threads(threads)
         if world > 1:

@@ -1,11 +1,15 @@
 """Logging and progress of the main process; the other processes stay silent."""
 
 import logging
+import sys
 from collections.abc import Iterable
 
 from tqdm import tqdm
 
 from core.distributed import Processes
+
+EVERY = 30.0
+"""Seconds between two lines of progress where no terminal shows a bar."""
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -20,15 +24,47 @@ def quiet_other_processes(processes: Processes) -> None:
 
 
 def progress(
-    items: Iterable | None, processes: Processes, description: str, unit: str, **options
+    items: Iterable | None, processes: Processes | None, description: str, unit: str, **options
 ) -> tqdm:
-    """A progress bar that only the main process shows."""
-    return tqdm(
+    """Progress that only the main process shows: a bar on a terminal, else a line at times."""
+    terminal = sys.stderr.isatty()
+    kind, pause = (tqdm, 1.0) if terminal else (_Lines, EVERY)
+    return kind(
         items,
         desc=description,
         unit=unit,
-        disable=not processes.is_main,
-        dynamic_ncols=True,
-        mininterval=1.0,
+        disable=processes is not None and not processes.is_main,
+        dynamic_ncols=terminal,
+        mininterval=pause,
+        maxinterval=max(10.0, pause),
         **options,
     )
+
+
+class _Lines(tqdm):
+    """Progress in a file: whole lines, none before anything is done."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write where it stands."""
+        if self.n > self.initial:
+            self.fp.write(f"{msg or self}\n")
+            self.fp.flush()
+
+    def clear(self, nolock: bool = False) -> None:
+        """Lines stay."""
+
+    def refresh(self, nolock: bool = False, lock_args: tuple | None = None) -> bool:
+        """Write a line when it is time, not after every message of the log."""
+        return nolock or super().refresh(nolock, lock_args)
+
+    def set_postfix(self, ordered_dict: dict | None = None, refresh: bool = True, **kwargs) -> None:
+        """For the next line."""
+        super().set_postfix(ordered_dict, refresh=False, **kwargs)
+
+    def close(self) -> None:
+        """Write the last line."""
+        if self.disable:
+            return
+        self.display()
+        self.disable = True
+        self._decr_instances(self)

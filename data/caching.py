@@ -16,7 +16,7 @@ from pathlib import Path
 
 from core.distributed import Processes
 from core.errors import UserError
-from core.files import complete_file
+from core.files import complete_file, sweep
 from core.logging import get_logger
 from data.encoding import CacheOptions, encode_shards, read_record
 from data.images import CROP_RULE, ImageFolder
@@ -107,6 +107,7 @@ def _prepare(
     plan = json.loads(json.dumps(plan))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        sweep(out)
         if options.overwrite:
             _clear(out)
         found = json.loads((out / PLAN).read_text()) if (out / PLAN).exists() else None
@@ -133,7 +134,7 @@ def _clear(out: Path) -> None:
     for name in (MANIFEST, PLAN, REPORT):
         (out / name).unlink(missing_ok=True)
     patterns = [f"{kind}-*.{suffix}" for kind, suffix in KINDS.items()]
-    for pattern in (*patterns, "done-*.json", ".*.tmp"):
+    for pattern in (*patterns, "done-*.json"):
         for file in out.glob(pattern):
             file.unlink()
 

@@ -9,9 +9,6 @@ import torch
 import torch.distributed as dist
 
 from core.distributed import Processes
-from core.errors import UserError
-
-LOST = ("timed out", "Connection closed by peer", "Connection reset", "exited unexpectedly")
 
 
 class StopRequest:
@@ -44,18 +41,3 @@ class StopRequest:
         flag = torch.tensor(int(self.received))
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
         return bool(flag)
-
-
-@contextmanager
-def losses_named() -> Iterator[None]:
-    """One line for a loader worker or another process that died or does not answer."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, UserError) and any(sign in text for sign in LOST):
-            raise UserError(
-                "a data worker or another process of this run died or does not answer "
-                f"(train.timeout): {text[:200]}; --resume auto goes on from the last checkpoint"
-            ) from error
-        raise

@@ -14,7 +14,7 @@ import torch
 from config.load import dump_config
 from config.schema import Config
 from config.validate import fitting_micro_batch
-from core.distributed import Processes
+from core.distributed import Processes, losses_named
 from core.errors import UserError
 from core.files import complete_file, complete_folder
 from core.logging import get_logger, quiet_other_processes
@@ -33,7 +33,7 @@ from sampling.grid import image_grid, save_png
 from sampling.objectives import build_objective
 from training.checkpoint import TrainingState, initialise, resume, save_checkpoint
 from training.ema import EMA
-from training.interruption import StopRequest, losses_named
+from training.interruption import StopRequest
 from training.optim import build_optimizer, learning_rate
 from training.parallel import build_sharded, is_sharded, prepare
 from training.scores import SampleScores

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 from config.load import parse_config
-from core.distributed import Processes
+from core.distributed import Processes, losses_named
 from core.errors import UserError
 from data.dataset import LatentDataset
 from models.pretrained import find_checkpoint, read_tensors, weights_path
-from training.interruption import losses_named
 from training.step import TrainStep
 from training.trainer import Trainer, train
 from training.verify_resume import write_cache
@@ -258,7 +257,7 @@ class Hanging(LatentDataset):
 
 def test_a_hung_worker_ends_the_run(flags, monkeypatch):
     monkeypatch.setattr("data.sources.LatentDataset", Hanging)
-    with pytest.raises(UserError, match=r"does not answer \(train.timeout\): .*timed out"):
+    with pytest.raises(UserError, match=r"does not answer: .*timed out"):
         run(flags(data__num_workers=1, train__timeout=1))
 
 
