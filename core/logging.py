@@ -46,7 +46,7 @@ class _Lines(tqdm):
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write where it stands."""
-        if self.n > self.initial:
+        if self.n > 0:
             self.fp.write(f"{msg or self}\n")
             self.fp.flush()
 
