@@ -124,6 +124,11 @@ class TrainConfig:
         max_nonfinite_steps: steps with a non-finite loss or gradient are skipped; after so many
             in a row training stops.
         timeout: seconds to wait for data or for another process before training stops.
+        async_checkpoint: copy the state to the CPU and write it while training goes on; without,
+            training waits for the disk, and needs no memory for the copy.
+        logger: where numbers are shown beside metrics.jsonl; wandb is an extra package.
+        profile_steps: first and last step, from 0, whose trace the main process writes to
+            run_dir/profile, on GPUs with every allocation; by default none.
     """
 
     max_steps: int = 700_000
@@ -143,6 +148,9 @@ class TrainConfig:
     activation_checkpointing: bool = False
     max_nonfinite_steps: int = 10
     timeout: int = 600
+    async_checkpoint: bool = True
+    logger: Literal["tensorboard", "wandb", "both"] = "tensorboard"
+    profile_steps: tuple[int, int] | None = None
 
 
 @dataclass

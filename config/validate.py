@@ -75,6 +75,13 @@ def _check_ranges(config: Config) -> None:
     }
     for key, (value, least) in at_least.items():
         require(value >= least, f"{key}: {value} is too small; at least {least} is allowed")
+    if train.profile_steps is not None:
+        first, last = train.profile_steps
+        require(
+            0 <= first <= last < train.max_steps,
+            f"train.profile_steps: {[first, last]} are no first and last step of 0 ... "
+            f"{train.max_steps - 1}",
+        )
     held_out_images = data.source == "images" and data.val_data_path is not None
     require(
         not train.val_every or data.val_cached_path is not None or held_out_images,

@@ -62,9 +62,10 @@ class _Lines(tqdm):
         super().set_postfix(ordered_dict, refresh=False, **kwargs)
 
     def close(self) -> None:
-        """Write the last line."""
+        """Write the last line, where one is to stay."""
         if self.disable:
             return
-        self.display()
+        if self.leave:
+            self.display()
         self.disable = True
         self._decr_instances(self)

@@ -7,13 +7,13 @@ from torch.utils.data import DataLoader
 from config.schema import Config
 from core.distributed import Processes
 from data.dataset import Batch, TrainingData
-from data.sampler import MicroBatches, Shuffled, ShuffledShards
+from data.sampler import MicroBatches, Position, Shuffled, ShuffledShards
 
 
 def training_batches(
-    data: TrainingData, config: Config, processes: Processes, first_step: int
+    data: TrainingData, config: Config, processes: Processes, position: Position, steps: int
 ) -> Iterator[Batch]:
-    """Micro-batches (latents (B, C, H, W), labels (B,)) from `first_step` to the last step."""
+    """Micro-batches (latents (B, C, H, W), labels (B,)) of `steps` steps from `position` on."""
     if config.data.order == "shards":
         order = ShuffledShards(data.source.shards, config.data.shuffle_window, config.seed)
     else:
@@ -24,7 +24,8 @@ def training_batches(
         config.train.micro_batch_size,
         processes.rank,
         processes.world_size,
-        range(first_step, config.train.max_steps),
+        position,
+        steps,
     )
     workers = config.data.num_workers
     loader = DataLoader(

@@ -1,6 +1,7 @@
 """The order of the training samples: a function of (seed, step), whoever asks."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,6 +9,37 @@ from torch.utils.data import Sampler
 
 from core.errors import UserError
 from core.rng import generator
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where training stands in its data, whatever the batch was so far.
+
+    What does not fill a batch at the end of an epoch is left out.
+
+    Attributes:
+        epoch: number of the epoch.
+        taken: samples of its order that were used or left out.
+    """
+
+    epoch: int = 0
+    taken: int = 0
+
+    def of_batch(self, size: int, num_samples: int) -> "Position":
+        """Where the next batch of `size` samples begins, in epochs of `num_samples`."""
+        fits = self.taken + size <= num_samples
+        return self if fits else Position(self.epoch + 1)
+
+    def after_batch(self, size: int, num_samples: int) -> "Position":
+        """Where training stands when that batch was taken."""
+        begin = self.of_batch(size, num_samples)
+        return Position(begin.epoch, begin.taken + size)
+
+    @classmethod
+    def after_steps(cls, steps: int, size: int, num_samples: int) -> "Position":
+        """Where training stands after so many batches of one size."""
+        epoch, step = divmod(steps, num_samples // size)
+        return cls(epoch, step * size)
 
 
 class Shuffled:
@@ -72,7 +104,8 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
         micro_batch_size: samples per forward pass; a multiple of it, times `world_size`, is the
             global batch.
         rank, world_size: of this process.
-        steps: optimizer steps to serve; starting above 0 resumes.
+        position: where the first batch is sought.
+        steps: how many optimizer steps to serve.
 
     Raises:
         UserError: when the data set is smaller than one global batch.
@@ -85,7 +118,8 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
         micro_batch_size: int,
         rank: int,
         world_size: int,
-        steps: range,
+        position: Position,
+        steps: int,
     ):
         if len(order) < global_batch_size:
             raise UserError(
@@ -97,20 +131,22 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
+        self.position = position
         self.steps = steps
 
     def __len__(self) -> int:
         per_step = self.global_batch_size // (self.micro_batch_size * self.world_size)
-        return len(self.steps) * per_step
+        return self.steps * per_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        steps_per_epoch = len(self.order) // self.global_batch_size
+        size, position = self.global_batch_size, self.position
         epoch, samples = -1, torch.empty(0)
-        for step in self.steps:
-            if step // steps_per_epoch != epoch:
-                epoch = step // steps_per_epoch
+        for _ in range(self.steps):
+            begin = position.of_batch(size, len(self.order))
+            if begin.epoch != epoch:
+                epoch = begin.epoch
                 samples = self.order.epoch(epoch)
-            first = step % steps_per_epoch * self.global_batch_size
-            batch = samples[first : first + self.global_batch_size]
+            batch = samples[begin.taken : begin.taken + size]
             for micro in batch.split(self.micro_batch_size)[self.rank :: self.world_size]:
                 yield [(epoch, index) for index in micro.tolist()]
+            position = position.after_batch(size, len(self.order))

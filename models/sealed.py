@@ -1,29 +1,47 @@
 """Checkpoint folders whose damage is noticed: a manifest holds the size and hash of every file."""
 
 import json
+import logging
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from core.errors import UserError
 from core.files import file_hash
+from core.logging import get_logger, progress
+from core.tensors import Written
 
 MANIFEST_FILE = "manifest.json"
 STEP_NAME = re.compile(r"step_\d+")
 """Names of finished checkpoints below `<run>/checkpoints`."""
+
+PAUSES = (1.0, 5.0, 20.0)
+"""Seconds before a file that could not be read is tried again."""
+
+T = TypeVar("T")
+log: logging.Logger = get_logger("sealed")
 
 
 class DamagedError(UserError):
     """A checkpoint that is not as it was written."""
 
 
-def seal(folder: Path) -> None:
-    """Write the manifest of all files that lie in `folder`."""
+def seal(folder: Path, known: Mapping[str, Written] | None = None) -> None:
+    """Write the manifest of all files that lie in `folder`.
+
+    Args:
+        folder: of a checkpoint.
+        known: files, by their path below the folder, whose hash was taken as they were written.
+    """
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
-    entries = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for path in files
-    }
+    entries = {}
+    for path in files:
+        name = str(path.relative_to(folder))
+        written = (known or {}).get(name) or Written(path.stat().st_size, file_hash(path))
+        entries[name] = {"bytes": written.bytes, "sha256": written.sha256}
     (folder / MANIFEST_FILE).write_text(json.dumps(entries, indent=2))
 
 
@@ -36,25 +54,60 @@ def check_seal(folder: Path, only: Iterable[str] | None = None) -> None:
 
     Raises:
         DamagedError: naming the first file that is missing, truncated or changed.
+        UserError: a file cannot be read, for now at least, which proves nothing.
     """
+    path = folder / MANIFEST_FILE
     try:
-        entries = json.loads((folder / MANIFEST_FILE).read_text())
-        for name, entry in entries.items():
-            if only is None or Path(name).parts[0] in only:
-                _check(folder / name, entry["bytes"], entry["sha256"])
-    except DamagedError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{folder / MANIFEST_FILE}: not readable: {error}") from None
+        entries = json.loads(_patiently(path.read_text, path))
+        asked = {n: e for n, e in entries.items() if only is None or Path(n).parts[0] in only}
+        total = sum(entry["bytes"] for entry in asked.values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedError(f"{path}: not readable: {error}") from None
+    bar = progress(
+        None, None, f"checking {folder.name}", "B", total=total, unit_scale=True, leave=False
+    )
+
+    def check(item: tuple[str, dict]) -> None:
+        name, entry = item
+        _check(folder / name, entry["bytes"], entry["sha256"])
+        bar.update(entry["bytes"])
+
+    with bar, ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(check, asked.items()))
 
 
 def _check(path: Path, size: int, digest: str) -> None:
-    if not path.is_file():
-        raise DamagedError(f"{path}: missing")
-    if path.stat().st_size != size:
-        raise DamagedError(f"{path}: {path.stat().st_size} bytes, {size} were written")
-    if file_hash(path) != digest:
+    found = _patiently(path.stat, path).st_size
+    if found != size:
+        raise DamagedError(f"{path}: {found} bytes, {size} were written")
+    hashes = (_patiently(lambda: file_hash(path), path) for _ in range(2))
+    if all(found != digest for found in hashes):  # once may be the disk's or the network's moment
         raise DamagedError(f"{path}: changed since it was written")
+
+
+def _patiently(read: Callable[[], T], path: Path) -> T:
+    """What `read` gives, tried several times.
+
+    Raises:
+        DamagedError: there is no such file.
+        UserError: it still cannot be read.
+    """
+    reason = ""
+    for pause in (*PAUSES, 0.0):
+        try:
+            return read()
+        except FileNotFoundError:
+            raise DamagedError(f"{path}: missing") from None
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if pause:
+            log.warning("%s: %s; trying again in %g s", path, reason, pause)
+            time.sleep(pause)
+    raise UserError(
+        f"{path}: cannot be read: {reason}; nothing was changed, try again when the disk answers"
+    )
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

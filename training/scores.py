@@ -1,11 +1,13 @@
 """The Fréchet distance of a few samples while a model trains, from the averaged weights."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from config.schema import Config
 from core.distributed import Processes
+from core.logging import progress
 from core.types import Objective
 from data.vae import VAE, PixelSpace, to_uint8
 from evaluations.features import build_extractor
@@ -15,6 +17,7 @@ from evaluations.statistics import RunningStatistics
 from models.dit import DiT
 from sampling.generate import Sampler
 from sampling.labels import random_labels
+from training.interruption import StopRequest
 
 
 class SampleScores:
@@ -54,12 +57,15 @@ class SampleScores:
         self.label = random_labels(config.model.num_classes, config.seed)
 
     @torch.no_grad()
-    def score(self, model: DiT, sharded: bool = False) -> dict[str, float]:
+    def score(
+        self, model: DiT, sharded: bool = False, stop: StopRequest | None = None
+    ) -> dict[str, float] | None:
         """The distance by its name with the number of samples, on every process.
 
         Args:
             model: in evaluation mode.
             sharded: the processes can only compute together, so each does all blocks.
+            stop: on which the work is broken off; the result is None then.
         """
         asked, processes = self.config.evaluation, self.processes
         sampler = Sampler(
@@ -72,11 +78,15 @@ class SampleScores:
         )
         sums = RunningStatistics(len(self.reference[0]), processes.device)
         blocks = range(0, asked.num_samples, asked.batch_size)
-        for first in blocks if sharded else blocks[processes.rank :: processes.world_size]:
-            indices = range(first, first + asked.batch_size)
-            latents, _ = sampler.latents(indices, [self.label(i) for i in indices])
-            images = to_uint8(self.vae.decode(latents))[: asked.num_samples - first]
-            sums.update(self.extractor(images)["pool"])
+        mine = blocks if sharded else blocks[processes.rank :: processes.world_size]
+        with nullcontext() if stop is None else stop.interrupting(model, sharded):
+            for first in progress(mine, processes, "scores", "block", leave=False):
+                indices = range(first, first + asked.batch_size)
+                latents, _ = sampler.latents(indices, [self.label(i) for i in indices])
+                images = to_uint8(self.vae.decode(latents))[: asked.num_samples - first]
+                sums.update(self.extractor(images)["pool"])
+        if stop is not None and stop.ask_all():
+            return None
         if not sharded:
             sums.reduce(processes)
         distance = frechet_distance(*self.reference, *sums.result())

@@ -1,4 +1,4 @@
-"""What a run reports: progress bar, TensorBoard, and `metrics.jsonl`."""
+"""What a run reports: progress, `metrics.jsonl`, and the loggers beside it."""
 
 import json
 import math
@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from config.schema import Config
 from core.distributed import Processes
 from core.files import complete_file
 from core.logging import progress
 from models.dit import DiT
+from training.attempts import run_id
 from training.flops import matmul_rate, training_flops
+from training.loggers import Logger, build_loggers
 from training.routing_statistics import RoutingStatistics, routing_statistics
 from training.step import StepResult
 from training.validation import BINS
@@ -42,12 +43,11 @@ class Telemetry:
         self.processes, self.config = processes, config
         self.every = config.train.log_every
         self.last_step = config.train.max_steps
-        self.writer = None
+        self.loggers: list[Logger] = []
         self.metrics = Path(config.run_dir) / METRICS_FILE
         if processes.is_main:
-            tensorboard = Path(config.run_dir) / "tensorboard"
-            self.writer = SummaryWriter(tensorboard, purge_step=first_step or None)
             self._drop_entries_after(first_step)
+            self.loggers = build_loggers(config, first_step, run_id(Path(config.run_dir)))
         self.bar = progress(
             None, processes, "training", "step", total=self.last_step, initial=first_step
         )
@@ -93,8 +93,7 @@ class Telemetry:
         scalars |= {"grad_norm": norm, "skipped_steps": skipped, "lr": lr}
         scalars |= self._speed(phases)
         routing = routing_statistics(result.records, result.noise_levels, model, self.processes)
-        if self.writer is not None:
-            self._write(step, scalars | _routing_scalars(routing), routing)
+        self._write(step, scalars | _routing_scalars(routing), routing)
         rate = scalars["images_per_second"]
         self.bar.set_postfix(loss=f"{scalars['loss/loss']:.4f}", img_per_s=f"{rate:.0f}")
         self.sums, self.steps = {}, 0
@@ -106,18 +105,16 @@ class Telemetry:
         for i, value in enumerate(losses.tolist()):
             if not math.isnan(value):
                 scalars[f"val/loss_at_noise_{(i + 0.5) / BINS:.2f}"] = value
-        if self.writer is not None:
-            self._write(step, scalars, None)
+        self._write(step, scalars, None)
 
     def scores(self, step: int, scores: dict[str, float]) -> None:
         """Scores of samples by name."""
-        if self.writer is not None:
-            self._write(step, {f"scores/{name}": value for name, value in scores.items()}, None)
+        self._write(step, {f"scores/{name}": value for name, value in scores.items()}, None)
 
     def images(self, step: int, name: str, grid: Tensor) -> None:
         """A picture (H, W, 3) uint8."""
-        if self.writer is not None:
-            self.writer.add_image(name, grid, step, dataformats="HWC")
+        for logger in self.loggers:
+            logger.image(step, name, grid)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -129,8 +126,15 @@ class Telemetry:
     def close(self) -> None:
         """Finish the bar and the files."""
         self.bar.close()
-        if self.writer is not None:
-            self.writer.close()
+        for logger in self.loggers:
+            logger.close()
+
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether there is an entry of `step` with a number whose name starts so."""
+        if not self.metrics.exists():
+            return False
+        entries = map(json.loads, self.metrics.read_text().splitlines())
+        return any(e["step"] == step and any(k.startswith(prefix) for k in e) for e in entries)
 
     def _speed(self, phases: dict[str, float]) -> dict[str, float]:
         device = self.processes.device
@@ -152,15 +156,17 @@ class Telemetry:
     def _write(
         self, step: int, scalars: dict[str, float], routing: RoutingStatistics | None
     ) -> None:
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
-        entry = {"step": step, **scalars}
+        if not self.processes.is_main:
+            return
+        entry, histograms = {"step": step, **scalars}, {}
         if routing is not None:
             for i, load in enumerate(routing.loads):
-                self.writer.add_histogram(f"tokens_per_expert/moe_layer_{i}", load, step)
+                histograms[f"tokens_per_expert/moe_layer_{i}"] = load
             for i, row in enumerate([] if routing.state is None else routing.state):
-                self.writer.add_histogram(f"{routing.state_name}/moe_layer_{i}", row, step)
+                histograms[f"{routing.state_name}/moe_layer_{i}"] = row
             entry["capacity_by_noise"] = _without_nan(routing.capacity)
+        for logger in self.loggers:
+            logger.numbers(step, scalars, histograms)
         with self.metrics.open("a") as file:
             file.write(json.dumps(entry) + "\n")
 

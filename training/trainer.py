@@ -2,44 +2,43 @@
 
 import copy
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from config.load import dump_config
 from config.schema import Config
 from config.validate import fitting_micro_batch
 from core.distributed import Processes, losses_named
 from core.errors import UserError
-from core.files import complete_file, complete_folder
+from core.files import sweep
+from core.locks import exclusive
 from core.logging import get_logger, quiet_other_processes
 from core.precision import set_tf32
 from core.rng import derive_seed
 from data.loader import training_batches
 from data.sources import training_data
-from data.vae import VAE, PixelSpace, open_vae, to_uint8
 from models.build import build_model
 from models.dit import DiT
-from models.pretrained import CONFIG_FILE, save_weights
 from models.sealed import checkpoints
 from models.summary import summarize
-from sampling.generate import Sampler
-from sampling.grid import image_grid, save_png
 from sampling.objectives import build_objective
+from training.attempts import record_attempt
 from training.checkpoint import TrainingState, initialise, resume, save_checkpoint
+from training.dump import dump_nonfinite
 from training.ema import EMA
 from training.interruption import StopRequest
+from training.looks import Looks
 from training.optim import build_optimizer, learning_rate
 from training.parallel import build_sharded, is_sharded, prepare
-from training.scores import SampleScores
+from training.profiling import Profiler
+from training.saving import CheckpointWriter
 from training.step import Batch, StepResult, TrainStep
 from training.telemetry import Telemetry
-from training.validation import Validation
 
 log: logging.Logger = get_logger("train")
 
@@ -48,10 +47,16 @@ def train(config: Config, processes: Processes) -> None:
     """Train as `config` says, from the start or the newest checkpoint, to `max_steps`.
 
     Raises:
-        UserError: when data, VAE, checkpoint and config do not fit each other, when too many steps
-            in a row are not finite, or when a worker or another process is lost.
+        UserError: when data, VAE, checkpoint and config do not fit each other, when somebody else
+            trains in `run_dir`, when too many steps in a row are not finite, or when a worker or
+            another process is lost.
     """
-    with losses_named():
+    quiet_other_processes(processes)
+    run_dir = Path(config.run_dir)
+    with losses_named(), exclusive(run_dir, "run_dir", processes):
+        if processes.is_main:
+            for folder in (run_dir, run_dir / "checkpoints", run_dir / "samples"):
+                sweep(folder)
         Trainer(config, processes).fit()
 
 
@@ -80,21 +85,13 @@ class Trainer:
     """One run: model, averages, optimizer and data of this process."""
 
     def __init__(self, config: Config, processes: Processes):
-        quiet_other_processes(processes)
         set_tf32(config.train.tf32)
         config = _shared_evenly(config, processes)
         self.config, self.processes = config, processes
         self.run_dir = Path(config.run_dir)
         self.data = training_data(config, processes)
         self.objective = build_objective(config.objective)
-        self.validation = None
-        if config.train.val_every:
-            self.validation = Validation(config, self.objective, processes)
-        self.vae = self._load_vae()
-        self.scores = None
-        if config.evaluation.every:
-            shape = self.data.source.latent_shape
-            self.scores = SampleScores(config, self.objective, self.vae, shape, processes)
+        self.looks = Looks(config, self.objective, self.data.source.latent_shape, processes)
         self.state = self._build()
         resume(self.state, processes)
         bare = self.state.model
@@ -109,24 +106,57 @@ class Trainer:
         state, last = self.state, self.config.train.max_steps
         if state.step >= last:
             log.info("%s: already at step %d", self.run_dir, state.step)
-            return
-        self._announce()
+        else:
+            self._announce()
+        self.writer = CheckpointWriter(self.config, self.processes)
+        self.saved = state.step
         began, first = time.perf_counter(), state.step
-        batches = training_batches(self.data, self.config, self.processes, state.step)
+        record_attempt(self.config, state.step, self.processes)
         telemetry = Telemetry(self.config, self.processes, state.step, state.running)
-        state.model.train()
-        with StopRequest(self.processes).listening() as stop:
-            while state.step < last:
-                self._step(batches, telemetry)
-                stopping = stop.agreed()
-                with telemetry.pause():
-                    self._write_what_is_due(telemetry, stopping)
-                if stopping and state.step < last:
-                    log.warning("SIGTERM: stopped at step %d; --resume auto goes on", state.step)
-                    break
-        telemetry.close()
-        if state.step == last:
+        with StopRequest(self.processes).listening() as stop, self._closing(telemetry):
+            ema = state.emas["ema"].model
+            self.looks.catch_up(state.step, ema, telemetry, stop)
+            self._take_steps(telemetry, stop)
+        if state.step < last:
+            log.warning("%s: stopped at step %d; --resume auto goes on", stop.name, state.step)
+        elif first < last:
             self._say_what_next(last - first, time.perf_counter() - began)
+
+    def _take_steps(self, telemetry: Telemetry, stop: StopRequest) -> None:
+        state, last = self.state, self.config.train.max_steps
+        if state.step >= last:
+            return
+        steps = last - state.step
+        batches = training_batches(self.data, self.config, self.processes, state.position, steps)
+        profiler = Profiler(self.config, self.processes)
+        state.model.train()
+        while state.step < last and not stop.agreed:
+            profiler.before(state.step)
+            self._step(batches, telemetry)
+            profiler.after(state.step - 1)
+            with telemetry.pause():
+                if not stop.due(state.step):
+                    self._write_what_is_due(telemetry, stop)
+        profiler.stop()
+        if self.saved != state.step:
+            self._save(telemetry)
+        self.writer.finish()
+
+    @contextmanager
+    def _closing(self, telemetry: Telemetry) -> Iterator[None]:
+        """Whatever ends a block, let the log be closed, and a checkpoint be finished.
+
+        Only a second Ctrl-C does not wait.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            self.writer.settle()
+            raise
+        finally:
+            telemetry.close()
 
     def _say_what_next(self, steps: int, seconds: float) -> None:
         """Where the checkpoint is, how long it took, and the command that looks at it."""
@@ -144,6 +174,8 @@ class Trainer:
         for ema in state.emas.values():
             ema.update(state.model, state.step, result.finite)
         self.train_step.clock.mark("optimizer")
+        size = self.config.train.global_batch_size
+        state.position = state.position.after_batch(size, state.num_images)
         state.step += 1
         now = (self.streak[0] + 1) * (1 - result.finite)
         self.streak = torch.stack([now, torch.maximum(now, self.streak[1])])
@@ -159,25 +191,10 @@ class Trainer:
         longest = int(self.streak[1])
         if longest < limit:
             return
-        folder = self.run_dir / f"nonfinite_step_{self.state.step:07d}"
-        if self.processes.is_main and not self._is_sharded:
-            with complete_folder(folder) as temporary:
-                save_weights(self.state.model, temporary / "model.safetensors")
-                bad = [
-                    name
-                    for name, p in self.state.model.named_parameters()
-                    if p.grad is not None and not p.grad.isfinite().all()
-                ]
-                facts = {
-                    "step": self.state.step,
-                    "losses": {n: str(v.item()) for n, v in result.losses.items()},
-                    "grad_norm": str(result.grad_norm.item()),
-                    "parameters_with_nonfinite_gradient": bad,
-                }
-                (temporary / "facts.json").write_text(json.dumps(facts, indent=2))
+        where = dump_nonfinite(self.state, result, self.processes)
         raise UserError(
             f"training: {longest} steps in a row had a non-finite loss or gradient "
-            f"(train.max_nonfinite_steps {limit}); weights and facts are in {folder}"
+            f"(train.max_nonfinite_steps {limit}); {where}"
         )
 
     @property
@@ -205,8 +222,10 @@ class Trainer:
             "shift_factor": source.shift_factor,
             "latent_channels": source.latent_shape[0],
             "class_names": source.class_names if config.model.num_classes else [],
+            "vae_hash": source.vae_hash,
         }
-        return TrainingState(config, model, emas, build_optimizer(model, optim), latents)
+        optimizer = build_optimizer(model, optim)
+        return TrainingState(config, model, emas, optimizer, latents, len(self.data))
 
     def _build_whole(self) -> DiT:
         """The model with its first weights, on the CPU."""
@@ -228,57 +247,20 @@ class Trainer:
             raise UserError(refusal)
         return [build_sharded(self.config, self.processes, whole) for _ in range(count)]
 
-    def _write_what_is_due(self, telemetry: Telemetry, stopping: bool) -> None:
+    def _write_what_is_due(self, telemetry: Telemetry, stop: StopRequest) -> None:
         train, step = self.config.train, self.state.step
-        last = step == train.max_steps
-        if step % train.ckpt_every == 0 or last or stopping:
-            self.state.running = telemetry.running()
-            save_checkpoint(self.state, self.processes)
-        if stopping and not last:
-            return
-        if train.val_every and (step % train.val_every == 0 or last):
-            losses = self.validation.losses(self.state.emas["ema"].model, self._is_sharded)
-            telemetry.validation(step, losses)
-        every = self.config.evaluation.every
-        if every and (step % every == 0 or last):
-            scores = self.scores.score(self.state.emas["ema"].model, self._is_sharded)
-            telemetry.scores(step, scores)
-        if train.sample_every and (step % train.sample_every == 0 or last):
-            self._sample_grid(telemetry)
-            self.processes.barrier()
+        if step % train.ckpt_every == 0 or step == train.max_steps:
+            self._save(telemetry)
+        self.looks.take(step, self.state.emas["ema"].model, telemetry, stop)
 
-    def _sample_grid(self, telemetry: Telemetry) -> None:
-        """Images of the averaged weights, always of the same noise and classes."""
-        if not (self.processes.is_main or self._is_sharded):
-            return
-        config, count = self.config, self.config.train.num_grid_samples
-        sampler = Sampler(
-            self.state.emas["ema"].model,
-            self.objective,
-            config.sampling,
-            self.data.source.latent_shape,
-            config.seed,
-            self.processes.device,
-        )
-        labels = [i % max(config.model.num_classes, 1) for i in range(count)]
-        latents, _ = sampler.latents(range(count), labels)  # a sharded model: all together
-        if self.processes.is_main:
-            grid = image_grid(to_uint8(self.vae.decode(latents)))
-            telemetry.images(self.state.step, "samples/ema", grid)
-            save_png(grid, self.run_dir / "samples" / f"step_{self.state.step:07d}.png")
-
-    def _load_vae(self) -> VAE | PixelSpace | None:
-        """The decoder for sample grids and scores, where they are wanted and made."""
-        grids = self.config.train.sample_every and self.processes.is_main
-        if not (grids or self.config.evaluation.every):
-            return None
-        return open_vae(self.config.data.vae_path, self.processes.device)
+    def _save(self, telemetry: Telemetry) -> None:
+        self.state.running = telemetry.running()
+        save_checkpoint(self.state, self.writer)
+        self.saved = self.state.step
 
     def _announce(self) -> None:
         if not self.processes.is_main:
             return
-        with complete_file(self.run_dir / CONFIG_FILE) as temporary:
-            temporary.write_text(dump_config(self.config))
         summary = summarize(self.config.model)
         log.info(
             "%s: %.1fM parameters (%.1fM activated), %d images, steps %d to %d, "

@@ -1,9 +1,10 @@
 """python -m training.verify_resume [--steps 24] [--kills 5] [--processes 1 2]
 
-Train a tiny model without interruption, and again with its processes killed by SIGKILL: at random
-moments, and at the worst ones (in the middle of writing a checkpoint, before it gets its name,
-before `latest` points to it). Each killed run goes on with `--resume auto`; then every tensor of
-the last checkpoint and every logged number is compared, bit by bit.
+Train a tiny model without interruption, and again with everything that ends runs early: SIGKILL at
+random moments and at the worst ones, SIGTERM in a step, in a sample grid and in a checkpoint,
+Ctrl-C, a newest checkpoint that is damaged or cannot be read at first, and torchrun's restart.
+Each run goes on with `--resume auto`; then every tensor of the last checkpoint, every logged number
+and every grid is compared, bit by bit.
 """
 
 import json
@@ -13,17 +14,19 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-import training.checkpoint
 from config.load import parse_config
 from config.schema import DataConfig
 from core.command_line import Parser, natural, positive
@@ -31,44 +34,89 @@ from core.distributed import processes
 from core.errors import UserError, command
 from data.manifest import Manifest, Shard
 from models.pretrained import find_checkpoint, read_tensors
-from training.step import TrainStep
+from models.sealed import checkpoints
+from training.faults import FAULTS, arm, damage_newest, unreadable_at_first, without_vae
 from training.telemetry import METRICS_FILE
 from training.trainer import train
 
-CRASHES = ("while writing", "before the rename", "before latest")
-Crash = tuple[str, int, float]
-"""One of CRASHES or `random`; for the latter a step and seconds into it."""
+ROOT = Path(__file__).parents[1]
+KILL = "SIGKILL at a random moment"
 IMAGES, CLASSES, SHAPE = 40, 3, (4, 4, 4)
 TIMED = ("images_per_second", "mfu", "memory_gib", "seconds/")
 """Logged values that are never the same twice."""
 
+Fault = tuple[str, int, float]
+"""A name of FAULTS, a step, and seconds into it."""
+
+
+@dataclass
+class Case:
+    """A run that ends early and goes on.
+
+    Attributes:
+        name: of what happens to it.
+        fault: of FAULTS, that ends it.
+        then: done to the run before it goes on.
+        within: what it goes on in.
+    """
+
+    name: str
+    fault: str
+    then: Callable[[Path], None] | None = None
+    within: Callable[[Path], AbstractContextManager] = nullcontext
+
+
+def cases(kills: int) -> list[Case]:
+    """Everything that is tried, with so many kills at random moments."""
+    found = [Case(f"{KILL}, {i + 1}", KILL) for i in range(kills)]
+    found += [Case(name, name) for name in FAULTS if name != KILL]
+    stopped = "SIGTERM in a step"
+    return [
+        *found,
+        Case("newest checkpoint damaged", stopped, then=damage_newest),
+        Case("newest checkpoint unreadable at first", stopped, within=unreadable_at_first),
+    ]
+
 
 def verify(out: Path, steps: int, kills: int, world_size: int, seed: int = 0) -> list[str]:
-    """Differences between killed runs and an uninterrupted one; none if all is well.
+    """Differences between disturbed runs and an undisturbed one; none if all is well.
 
     Args:
         out: empty folder to work in.
         steps: of each run.
-        kills: runs killed at a random moment, besides one for each of CRASHES.
+        kills: runs killed at a random moment, besides one for each other case.
         world_size: processes of each run.
         seed: of the moments.
     """
     cache = write_cache(out / "cache")
     _finish(cache, out / "whole", steps, world_size)
     wanted, differences, moments = _outcome(out / "whole"), [], random.Random(seed)
-    cases = [(f"random kill {i + 1}", "random") for i in range(kills)]
-    for name, crash in cases + [(crash, crash) for crash in CRASHES]:
-        run = out / name.replace(" ", "_")
-        moment = moments.randrange(1, steps), moments.uniform(0, 0.05)
-        _start(_flags(cache, run, steps), world_size, (crash, *moment))
-        reached = _finish(cache, run, steps, world_size)
-        found = _compare(wanted, _outcome(run))
-        differences += [f"{name}: {line}" for line in found]
-        verdict = "DIFFERENT" if found else "bitwise equal"
-        sys.stdout.write(
-            f"{world_size} process(es), {name}: went on from step {reached}, {verdict}\n"
+    for number, case in enumerate(cases(kills)):
+        run = out / f"run_{number}"
+        moment = moments.randrange(4, steps - 2), moments.uniform(0, 0.05)
+        _start(_flags(cache, run, steps), world_size, (case.fault, *moment))
+        if case.then is not None:
+            case.then(run)
+        with case.within(run):
+            reached = _finish(cache, run, steps, world_size)
+        differences += _judge(case.name, world_size, reached, wanted, run)
+    if world_size > 1:
+        run = out / "restarted"
+        reached = _restarted(_flags(cache, run, steps), run, world_size)
+        no_grids = {key: value for key, value in wanted.items() if not key.startswith("grid")}
+        differences += _judge(
+            "SIGKILL, torchrun --max-restarts", world_size, reached, no_grids, run
         )
     return differences
+
+
+def _judge(name: str, world_size: int, reached: int, wanted: dict, run: Path) -> list[str]:
+    """Compare a run with the undisturbed one, and print a row of the table."""
+    found = _compare(wanted, _outcome(run))
+    verdict = "DIFFERENT" if found else "bitwise equal"
+    sys.stdout.write(f"| {world_size} | {name:<40} | {reached:>4} | {verdict} |\n")
+    sys.stdout.flush()
+    return [f"{name}: {line}" for line in found]
 
 
 def write_cache(folder: Path) -> Path:
@@ -120,13 +168,15 @@ def _flags(cache: Path, run: Path, steps: int) -> list[str]:
         "train.log_every": 5,
         "train.ckpt_every": 3,
         "train.keep_last": 2,
-        "train.sample_every": 0,
+        "train.sample_every": 6,
+        "train.num_grid_samples": 3,
+        "sampling.num_steps": 4,
     }
     return [f"--{key}={value}" for key, value in values.items()]
 
 
-def _start(flags: list[str], world_size: int, crash: Crash | None = None) -> list[int]:
-    """Run the processes to their end; their exit codes. A crash of the first ends all.
+def _start(flags: list[str], world_size: int, fault: Fault | None = None) -> list[int]:
+    """Run the processes to their end; their exit codes. A crash of one ends all.
 
     They are forked, since starting Python anew would take longer than the run.
     """
@@ -136,7 +186,7 @@ def _start(flags: list[str], world_size: int, crash: Crash | None = None) -> lis
         port = free.getsockname()[1]
     started = []
     for rank in range(world_size):
-        started.append(context.Process(target=_work, args=(flags, rank, world_size, port, crash)))
+        started.append(context.Process(target=_work, args=(flags, rank, world_size, port, fault)))
         started[-1].start()
     for process in started:
         process.join()
@@ -146,67 +196,63 @@ def _start(flags: list[str], world_size: int, crash: Crash | None = None) -> lis
     return [process.exitcode for process in started]
 
 
-def _work(flags: list[str], rank: int, world_size: int, port: int, crash: Crash | None) -> None:
+def _work(flags: list[str], rank: int, world_size: int, port: int, fault: Fault | None) -> None:
     """One process of a run, as torchrun would start it."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in (place | address).items()})
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  no progress bars
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  no progress
     logging.disable(logging.CRITICAL)
-    if crash is not None and rank == 0:
-        _arm(*crash)
+    without_vae()
+    if fault is not None and rank == 0:
+        arm(*fault)
     config = parse_config(flags, "verify_resume", world_size)
     with processes("cpu", cpu_threads=1) as group:
         train(config, group)
 
 
-def _arm(crash: str, step: int, delay: float) -> None:
-    """Make this process kill itself: `delay` seconds into step `step`, or as CRASHES say."""
-    if crash == "random":
-        killer = threading.Timer(delay, _die)
-        _before(TrainStep, "__call__", lambda self, batches, now: now == step and killer.start())
-    elif crash == "while writing":
-        _before(training.checkpoint, "seal", _second_time())
-    elif crash == "before the rename":
-        again = _second_time()
-        _before(os, "replace", lambda old, new: Path(new).name.startswith("step_") and again())
-    else:
-        _before(training.checkpoint, "_point_latest", _second_time())
+def _restarted(flags: list[str], run: Path, world_size: int) -> int:
+    """Let torchrun finish a run of whose processes one is killed; where it went on from."""
+    flags = [flag for flag in flags if "sample_every" not in flag] + ["--train.sample_every=0"]
+    command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command_line += [f"--nproc_per_node={world_size}", "--max-restarts=1", "train.py", *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen(
+        command_line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    threading.Thread(target=_kill_one, args=(launcher, run), daemon=True).start()
+    errors = launcher.communicate()[1]
+    if launcher.returncode != 0:
+        raise UserError(f"verify_resume: torchrun ended with {launcher.returncode}: {errors}")
+    return _reached(run)
 
 
-def _before(owner: Any, name: str, first: Callable) -> None:
-    """Call `first` with the arguments of each call of `owner.name`, then go on."""
-    function = getattr(owner, name)
-
-    def call(*args: Any) -> Any:
-        first(*args)
-        return function(*args)
-
-    setattr(owner, name, call)
+def _reached(run: Path) -> int:
+    """Where the last attempt of a run began."""
+    attempts = sorted((run / "attempts").glob("*.json"))
+    return json.loads(attempts[-1].read_text())["step"]
 
 
-def _second_time() -> Callable:
-    calls = iter((lambda: None, _die))
-    return lambda *args: next(calls)()
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _kill_one(launcher: subprocess.Popen, run: Path) -> None:
+    """Kill the last process of a launcher once there is a checkpoint."""
+    while launcher.poll() is None and not checkpoints(run):
+        time.sleep(0.01)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
 
 
 def _finish(cache: Path, run: Path, steps: int, world_size: int) -> int:
     """Let a run come to its end; the step from which it went on."""
-    found = training.checkpoint.checkpoints(run)
     codes = _start(_flags(cache, run, steps), world_size)
     if any(codes):
         raise UserError(f"verify_resume: processes ended with codes {codes} in {run}")
-    return int(found[0].name[5:]) if found else 0
+    return _reached(run)
 
 
-def _outcome(run: Path) -> dict[str, torch.Tensor | float]:
+def _outcome(run: Path) -> dict[str, torch.Tensor | float | bytes]:
     """Everything that must be equal: tensors of the last checkpoint, logged numbers."""
     folder = find_checkpoint(run)
-    found: dict[str, torch.Tensor | float] = {"step": float(folder.name[5:])}
+    found: dict[str, torch.Tensor | float | bytes] = {"step": float(folder.name[5:])}
     for path in sorted(folder.glob("*.safetensors")):
         found |= {f"{path.stem}: {name}": t for name, t in read_tensors(path).items()}
     for line in (run / METRICS_FILE).read_text().splitlines():
@@ -214,6 +260,8 @@ def _outcome(run: Path) -> dict[str, torch.Tensor | float]:
         for key, value in entry.items():
             if not key.startswith(TIMED):
                 found[f"log, step {entry['step']}: {key}"] = value
+    for path in (run / "samples").glob("*.png"):
+        found[f"grid {path.name}"] = path.read_bytes()
     return found
 
 
@@ -238,6 +286,9 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)  # threads of a parent do not survive a fork
     differences = []
+    sys.stdout.write(
+        "| processes | what happened | went on from step | result |\n|---|---|---|---|\n"
+    )
     for world_size in flags.processes:
         with tempfile.TemporaryDirectory() as folder:
             differences += verify(Path(folder), flags.steps, flags.kills, world_size, flags.seed)

@@ -3,11 +3,14 @@
 import pytest
 
 from core.errors import UserError
-from data.sampler import MicroBatches, Shuffled, ShuffledShards
+from data.sampler import MicroBatches, Position, Shuffled, ShuffledShards
 
 
-def order(steps=range(6), rank=0, world_size=1, seed=0, micro=2, total=50):
-    sampler = MicroBatches(Shuffled(total, seed), 8, micro, rank, world_size, steps)
+def order(steps=range(6), rank=0, world_size=1, seed=0, micro=2, total=50, size=8, position=None):
+    position = position or Position.after_steps(steps.start, size, max(total, size))
+    sampler = MicroBatches(
+        Shuffled(total, seed), size, micro, rank, world_size, position, len(steps)
+    )
     batches = list(sampler)
     assert len(batches) == len(sampler)
     return batches
@@ -24,6 +27,19 @@ def test_an_epoch_takes_every_sample_at_most_once():
 
 def test_resuming_goes_on_where_it_stopped():
     assert order(range(20))[4 * 9 :] == order(range(9, 20))
+
+
+def test_another_batch_goes_on_at_the_same_sample():
+    """2 steps of 8 samples, then batches of 12: 16 ... 40, and what is left makes no third."""
+    position = Position()
+    for _ in range(2):
+        position = position.after_batch(8, 50)
+    assert position == Position(0, 16) == Position.after_steps(2, 8, 50)
+    whole = [item for batch in order(range(6)) for item in batch]
+    found = [i for b in order(range(3), size=12, position=position) for i in b]
+    assert found[:24] == whole[16:40]
+    assert {epoch for epoch, _ in found[24:]} == {1}
+    assert Position(0, 48).of_batch(8, 50) == Position(1, 0)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

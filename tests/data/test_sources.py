@@ -15,6 +15,7 @@ from data.images import ImageFolder
 from data.latents import JoinedCaches, LatentCache
 from data.loader import training_batches
 from data.published import PublishedCache
+from data.sampler import Position
 from data.sources import training_data, validation_data
 from data.vae import VAE
 
@@ -170,7 +171,7 @@ def test_batches_of_both_sources_are_the_same(exact, image_root, vae_folder, num
     for changes in ({}, images):
         config = flags(exact.path, vae_folder, data__num_workers=num_workers, **changes)
         data = training_data(config, ALONE)
-        batches.append(list(training_batches(data, config, ALONE, first_step=1)))
+        batches.append(list(training_batches(data, config, ALONE, Position(0, 8), 3)))
     assert len(batches[0]) == len(batches[1]) == 3 * 2
     for one, other in zip(*batches, strict=True):
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
@@ -181,7 +182,7 @@ def test_several_caches_and_the_order_of_shards(cache_folder, vae_folder):
     assert config.data.cached_path == [str(cache_folder)] * 2
     data = training_data(config, ALONE)
     assert len(data) == 46
-    batches = list(training_batches(data, config, ALONE, 0))
+    batches = list(training_batches(data, config, ALONE, Position(), 4))
     assert len(batches) == 8
     assert all(x.shape == (4, 3, 8, 8) for x, _ in batches)
 

@@ -104,6 +104,7 @@ def test_starting_from_another_checkpoint(tmp_path):
     from training.checkpoint import TrainingState, initialise, save_checkpoint
     from training.ema import EMA
     from training.optim import build_optimizer
+    from training.saving import CheckpointWriter
 
     def run(name, classes, **changes):
         shape = {"input_size": 4, "hidden_size": 8, "num_heads": 2, "depth": 2}
@@ -124,7 +125,9 @@ def test_starting_from_another_checkpoint(tmp_path):
     latents = facts | {"class_names": []}
     ema, optimizer = EMA(copy.deepcopy(old), 0.9, False), build_optimizer(old, config.optim)
     state = TrainingState(config, old, {"ema": ema}, optimizer, latents, step=1)
-    save_checkpoint(state, Processes(0, 1, torch.device("cpu")))
+    writer = CheckpointWriter(config, Processes(0, 1, torch.device("cpu")))
+    save_checkpoint(state, writer)
+    writer.finish()
     checkpoint = str(tmp_path / "old")
     assert load_pretrained(tmp_path / "old").config.model.num_classes == 5
 

@@ -116,7 +116,7 @@ def test_training_may_go_on_with_another_rate_of_the_bias_and_says_so(
     rate = ("--model.feed_forward.bias_update_rate", "0.5")
     with caplog.at_level("WARNING", logger="diffmoe"):
         run(pixel_config, tmp_path / "run", *flags, *rate)
-    assert "bias_update_rate is 0.01 there, 0.5 here" in caplog.text
+    assert "bias_update_rate was 0.01, is 0.5 now" in caplog.text
     tensors = read_tensors(weights_path(find_checkpoint(tmp_path / "run"), "model"))
     biases = [t for n, t in tensors.items() if n.endswith("correction_bias")]
     assert max(bias.abs().max() for bias in biases) > 0.3

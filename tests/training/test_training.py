@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from training.optim import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from training.saving import CheckpointWriter
 from training.step import TrainStep
 from transport.objective import Flow
 
@@ -58,7 +60,10 @@ def parts(tmp_path, **model):
 
 def save(state, step):
     state.step = step
-    return save_checkpoint(state, ALONE)
+    writer = CheckpointWriter(state.config, ALONE)
+    save_checkpoint(state, writer)
+    writer.finish()
+    return Path(state.config.run_dir) / "checkpoints" / f"step_{step:07d}"
 
 
 def batches(count, seed=0):

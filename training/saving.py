@@ -1,0 +1,312 @@
+"""Writing checkpoints beside training: a copy of the state, and a thread that brings it to disk."""
+
+import json
+import logging
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from config.load import dump_config
+from config.schema import Config
+from core.distributed import Processes
+from core.errors import UserError
+from core.files import begin_folder, finish_folder
+from core.logging import get_logger
+from core.tensors import Written, write_tensors
+from models.pretrained import CONFIG_FILE, STATE_FILE
+from models.sealed import checkpoints, seal
+
+log: logging.Logger = get_logger("saving")
+
+LATEST = "latest"
+OFFSETS = "DCP_SHARDING_INFO"
+"""Where torch.distributed.checkpoint's reader of safetensors looks for a shard's place."""
+
+AGAIN = 10.0
+"""Seconds until a file that the disk refused is tried again."""
+
+
+@dataclass
+class Part:
+    """What this process writes of one set of tensors.
+
+    Attributes:
+        file: path below the checkpoint's folder.
+        tensors: by name.
+        metadata: of the file.
+    """
+
+    file: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] | None = None
+
+
+def part_of(name: str, tensors: dict[str, Tensor], processes: Processes) -> Part | None:
+    """This process's part of `tensors`: all on the main one, or a shard of each on every one."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return Part(f"{name}.safetensors", tensors) if processes.is_main else None
+    shards, offsets = {}, {}
+    for key, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            local, chunks = tensor.to_local(), tensor.__create_chunk_list__()
+            if local.numel() == 0 or not chunks or not _is_first_copy(tensor):
+                continue
+            shards[key], place = local, list(chunks[0].offsets)
+        elif processes.is_main:
+            shards[key], place = tensor, [0] * tensor.dim()
+        else:
+            continue
+        offsets[key] = {"saved_offsets": place}
+    if not shards:
+        return None
+    file = f"{name}/shard-{processes.rank + 1:05d}-model-00001-of-00001.safetensors"
+    return Part(file, shards, {OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0"})
+
+
+def _is_first_copy(tensor: DTensor) -> bool:
+    """Whether no other process with the same shard comes before this one."""
+    place = tensor.device_mesh.get_coordinate()
+    return all(
+        where == 0
+        for where, how in zip(place, tensor.placements, strict=True)
+        if how.is_replicate()
+    )
+
+
+@dataclass
+class Job:
+    """One checkpoint on its way to the disk.
+
+    Attributes:
+        temporary: folder that is filled.
+        folder: its name when it is complete.
+        parts: of this process.
+        writers: ranks that write something.
+        texts: small files that the main process adds, by name.
+    """
+
+    temporary: Path
+    folder: Path
+    parts: list[Part]
+    writers: list[int]
+    texts: dict[str, str] = field(default_factory=dict)
+
+    def receipt(self, rank: int) -> Path:
+        """Where a process says what it has written."""
+        return self.temporary / f".written-{rank}.json"
+
+
+class CheckpointWriter:
+    """Writes checkpoints of one run, one at a time.
+
+    Training goes on as soon as the tensors are copied; a thread of each process writes and hashes
+    its files, and that of the main process waits for the others' receipts, seals the folder and
+    gives it its name. Processes meet in the file system only, so that no thread needs a collective.
+    A disk that refuses is asked again for half of `train.timeout`.
+
+    Args:
+        config: of the run.
+        processes: all of which save together.
+    """
+
+    def __init__(self, config: Config, processes: Processes):
+        self.processes, self.config = processes, config
+        self.beside = config.train.async_checkpoint
+        self.patience = config.train.timeout / 2
+        self.buffers: dict[str, dict[str, Tensor]] = {}
+        self.thread: threading.Thread | None = None
+        self.job: Job | None = None
+        self.failure: str | None = None
+
+    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+        """Begin to write <run_dir>/checkpoints/step_<step>; all processes call this.
+
+        Args:
+            step: optimizer steps taken.
+            tensors: of each file, by its name; they may change as soon as this returns.
+            facts: for `state.json`.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        self._end_of_last()
+        folder = Path(self.config.run_dir) / "checkpoints" / f"step_{step:07d}"
+        found = (part_of(name, t, self.processes) for name, t in tensors.items())
+        parts = [part for part in found if part is not None]
+        writers = [r for r, some in enumerate(self.processes.gather(bool(parts))) if some]
+        temporary = self._begin(folder)
+        if temporary is None:
+            return
+        if self.beside:
+            parts = [Part(p.file, self._copied(p), p.metadata) for p in parts]
+        texts = {CONFIG_FILE: dump_config(self.config), STATE_FILE: json.dumps(facts, indent=2)}
+        self.job = Job(temporary, folder, parts, writers, texts)
+        self.thread = threading.Thread(
+            target=self._write, args=(self.job,), name="checkpoint", daemon=True
+        )
+        self.thread.start()
+        if not self.beside:
+            self._end_of_last()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            UserError: on the main process, when it could not be written.
+        """
+        job = self.job
+        self._end_of_last()
+        if job is not None and not self.processes.is_main:
+            # The end of this process would cut the main one off from whatever needs both.
+            while job.temporary.exists() and not job.folder.exists():
+                time.sleep(0.1)
+        if self.failure is not None and self.processes.is_main:
+            raise UserError(self.failure)
+
+    def settle(self) -> None:
+        """Give the last checkpoint a while to become complete, after this process has failed."""
+        if self.thread is not None:
+            self.thread.join(timeout=60)
+
+    def _begin(self, folder: Path) -> Path | None:
+        """The folder to fill; None, and a warning, where the disk takes none."""
+        temporary = None
+        if self.processes.is_main:
+            try:
+                temporary = begin_folder(folder)
+            except (UserError, OSError) as error:
+                self._failed(folder, str(error))
+        return self.processes.from_main(temporary)
+
+    def _copied(self, part: Part) -> dict[str, Tensor]:
+        """The part's tensors on the CPU, in memory that is used again for every checkpoint."""
+        buffers = self.buffers.setdefault(part.file, {})
+        for name, tensor in part.tensors.items():
+            if name not in buffers:
+                pinned = tensor.device.type == "cuda"
+                buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            buffers[name].copy_(tensor.detach(), non_blocking=True)
+        if self.processes.device.type == "cuda":
+            torch.cuda.synchronize()
+        return buffers
+
+    def _end_of_last(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = self.job = None
+
+    def _write(self, job: Job) -> None:
+        """The thread's work."""
+        self.failure = None
+        try:
+            self._write_parts(job)
+            if self.processes.is_main:
+                self._complete(job)
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            self._failed(job.folder, reason)
+        finally:
+            if self.processes.is_main:
+                shutil.rmtree(job.temporary, ignore_errors=True)
+
+    def _failed(self, folder: Path, reason: str) -> None:
+        self.failure = f"{folder}: could not be written: {reason}; older checkpoints are whole"
+        if self.processes.is_main:
+            log.error("%s", self.failure)
+
+    def _write_parts(self, job: Job) -> None:
+        rank = self.processes.rank
+        if rank not in job.writers:
+            return
+        receipt: dict[str, Any] = {}
+        try:
+            for part in job.parts:
+                written = self._stubbornly(job.temporary / part.file, part)
+                receipt[part.file] = [written.bytes, written.sha256]
+        except OSError as error:
+            receipt = {"error": error.strerror or str(error)}
+            if self.processes.is_main:
+                raise
+        unnamed = job.receipt(rank).with_suffix(".part")
+        unnamed.write_text(json.dumps(receipt))
+        os.replace(unnamed, job.receipt(rank))
+
+    def _stubbornly(self, path: Path, part: Part) -> Written:
+        """Write one file, again and again while the disk refuses."""
+        until = time.monotonic() + self.patience
+        path.parent.mkdir(exist_ok=True)
+        while True:
+            try:
+                return write_tensors(path, part.tensors, part.metadata)
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                left = until - time.monotonic()
+                if left <= 0:
+                    raise
+                reason = error.strerror or error
+                log.warning("%s: %s; trying again for %.0f s", path.parent, reason, left)
+                time.sleep(min(AGAIN, left))
+
+    def _complete(self, job: Job) -> None:
+        """Seal the folder when every process has written, name it, and let old ones go."""
+        known: dict[str, Written] = {}
+        until = time.monotonic() + 2 * self.patience
+        for rank in job.writers:
+            while not job.receipt(rank).exists():
+                if time.monotonic() > until:
+                    raise UserError(f"process {rank} did not write its part (train.timeout)")
+                time.sleep(0.05)
+            receipt = json.loads(job.receipt(rank).read_text())
+            if "error" in receipt:
+                raise UserError(f"process {rank}: {receipt['error']}")
+            known |= {file: Written(*values) for file, values in receipt.items()}
+        for rank in job.writers:
+            job.receipt(rank).unlink()
+        for name, text in job.texts.items():
+            (job.temporary / name).write_text(text)
+        seal(job.temporary, known)
+        finish_folder(job.temporary, job.folder)
+        point_latest(job.folder)
+        remove_old(self.config)
+
+
+def point_latest(folder: Path) -> None:
+    """Let `latest` beside the checkpoint lead to it, in one move."""
+    link = folder.with_name(LATEST)
+    temporary = folder.with_name(f".{LATEST}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        os.replace(temporary, link)
+    except OSError as error:  # a folder of that name, or a file system without links
+        temporary.unlink(missing_ok=True)
+        log.warning("%s: stays as it is: %s; %s is whole", link, error.strerror, folder)
+
+
+def remove_old(config: Config) -> None:
+    """Keep the newest `keep_last` checkpoints, and those of every `keep_every` steps."""
+    last, every = config.train.keep_last, config.train.keep_every
+    if last == 0:
+        return
+    for folder in checkpoints(Path(config.run_dir))[last:]:
+        if every == 0 or int(folder.name[5:]) % every != 0:
+            going = folder.with_name(f".{folder.name}.old.tmp")
+            os.replace(folder, going)  # never half a checkpoint under its name
+            shutil.rmtree(going)
+
+
+def write_now(module: nn.Module, folder: Path, name: str, processes: Processes) -> None:
+    """The weights of a module at once, by all processes, into a folder that is there."""
+    part = part_of(name, module.state_dict(), processes)
+    if part is not None:
+        path = folder / part.file
+        path.parent.mkdir(exist_ok=True)
+        write_tensors(path, part.tensors, part.metadata)
