@@ -1,6 +1,7 @@
 """What is left behind when training stops at numbers that are not finite."""
 
 import json
+import shutil
 from pathlib import Path
 
 from core.distributed import Processes
@@ -59,6 +60,8 @@ def _fill(
     if processes.is_main and not reason:
         (temporary / "facts.json").write_text(json.dumps(facts, indent=2))
         finish_folder(temporary, folder)
+    if processes.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
     return reason
 
 

@@ -213,7 +213,8 @@ def _work(flags: list[str], rank: int, world_size: int, port: int, fault: Fault 
 
 def _restarted(flags: list[str], run: Path, world_size: int) -> int:
     """Let torchrun finish a run of whose processes one is killed; where it went on from."""
-    flags = [flag for flag in flags if "sample_every" not in flag] + ["--train.sample_every=0"]
+    others = ["--train.sample_every=0", "--resume=never"]
+    flags = [f for f in flags if "sample_every" not in f and "resume" not in f] + others
     command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command_line += [f"--nproc_per_node={world_size}", "--max-restarts=1", "train.py", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

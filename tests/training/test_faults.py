@@ -8,67 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import ALONE, ROOT, final, poisoned, run
 
 from config.load import parse_config
-from core.distributed import Processes, losses_named
+from core.distributed import losses_named
 from core.errors import UserError
 from data.dataset import LatentDataset
-from models.pretrained import find_checkpoint, read_tensors, weights_path
+from models.pretrained import find_checkpoint, read_tensors
 from training.step import TrainStep
-from training.trainer import Trainer, train
-from training.verify_resume import cases, write_cache
-
-ROOT = Path(__file__).parents[2]
-ALONE = Processes(0, 1, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return write_cache(tmp_path_factory.mktemp("random") / "cache")
-
-
-@pytest.fixture
-def flags(cache, tmp_path):
-    """A call that gives the flags of a tiny run, changed as asked."""
-
-    def make(run="run", **changes):
-        values = {
-            "run_dir": tmp_path / run,
-            "resume": "auto",
-            "device": "cpu",
-            "data.cached_path": cache,
-            "data.image_size": 32,
-            "data.num_workers": 0,
-            "model.input_size": 4,
-            "model.patch_size": 1,
-            "model.hidden_size": 16,
-            "model.num_heads": 2,
-            "model.depth": 2,
-            "model.num_classes": 3,
-            "model.feed_forward.num_experts": 4,
-            "train.max_steps": 8,
-            "train.global_batch_size": 8,
-            "train.micro_batch_size": 4,
-            "train.log_every": 2,
-            "train.ckpt_every": 2,
-            "train.sample_every": 0,
-        }
-        values |= {key.replace("__", "."): value for key, value in changes.items()}
-        return [f"--{key}={value}" for key, value in values.items()]
-
-    return make
-
-
-def run(argv):
-    train(parse_config(argv, "train.py"), ALONE)
-
-
-def final(folder, name="model"):
-    return read_tensors(weights_path(find_checkpoint(folder), name))
+from training.trainer import Trainer
+from training.verify_resume import cases
 
 
 def truncate(folder):
@@ -172,19 +124,6 @@ def test_sigterm_saves_and_a_new_start_goes_on(flags, tmp_path, monkeypatch):
         for key, tensor in final(tmp_path / "whole", name).items():
             assert torch.equal(final(tmp_path / "run", name)[key], tensor), key
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def poisoned(monkeypatch, steps):
-    """Make the gradient of some steps NaN, in one micro-batch only."""
-    micro = TrainStep._micro_batch
-
-    def spoiled(self, batch, step, slot):
-        result = micro(self, batch, step, slot)
-        if step in steps and slot == 1:
-            self.bare.final.linear.bias.grad.mul_(float("nan"))
-        return result
-
-    monkeypatch.setattr(TrainStep, "_micro_batch", spoiled)
 
 
 def test_a_step_with_nan_reaches_nothing(flags, tmp_path, monkeypatch):
