@@ -80,13 +80,17 @@ class TrainingState:
         return {"model": self.model} | {name: ema.model for name, ema in self.emas.items()}
 
 
+def saved_tensors(state: TrainingState) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds, by file and name; moments only once there are some."""
+    tensors = {name: module.state_dict() for name, module in state.modules().items()}
+    return tensors | {OPTIMIZER: optimizer_tensors(state.model, state.optimizer)}
+
+
 def save_checkpoint(state: TrainingState, writer: CheckpointWriter) -> None:
     """Begin to write <run_dir>/checkpoints/step_<step>; `writer.finish` waits for it.
 
     All processes call this function; with sharded weights each writes its part.
     """
-    tensors = {name: module.state_dict() for name, module in state.modules().items()}
-    tensors[OPTIMIZER] = optimizer_tensors(state.model, state.optimizer)
     facts = {
         "step": state.step,
         "position": dataclasses.asdict(state.position),
@@ -95,7 +99,7 @@ def save_checkpoint(state: TrainingState, writer: CheckpointWriter) -> None:
         "world_size": writer.processes.world_size,
         "running": writer.processes.gather(state.running),
     }
-    writer.save(state.step, tensors, facts)
+    writer.save(state.step, saved_tensors(state), facts)
 
 
 def resume(state: TrainingState, processes: Processes) -> None:

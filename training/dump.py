@@ -9,7 +9,7 @@ from core.errors import UserError
 from core.files import begin_folder, finish_folder
 from training.checkpoint import TrainingState
 from training.parallel import local
-from training.saving import write_now
+from training.parts import write_now
 from training.step import StepResult
 
 MOST = 99

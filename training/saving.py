@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from config.load import dump_config
 from config.schema import Config
@@ -23,62 +22,13 @@ from core.logging import get_logger
 from core.tensors import Written, write_tensors
 from models.pretrained import CONFIG_FILE, STATE_FILE
 from models.sealed import checkpoints, seal
+from training.parts import Part, part_of
 
 log: logging.Logger = get_logger("saving")
 
 LATEST = "latest"
-OFFSETS = "DCP_SHARDING_INFO"
-"""Where torch.distributed.checkpoint's reader of safetensors looks for a shard's place."""
-
 AGAIN = 10.0
 """Seconds until a file that the disk refused is tried again."""
-
-
-@dataclass
-class Part:
-    """What this process writes of one set of tensors.
-
-    Attributes:
-        file: path below the checkpoint's folder.
-        tensors: by name.
-        metadata: of the file.
-    """
-
-    file: str
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str] | None = None
-
-
-def part_of(name: str, tensors: dict[str, Tensor], processes: Processes) -> Part | None:
-    """This process's part of `tensors`: all on the main one, or a shard of each on every one."""
-    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
-        return Part(f"{name}.safetensors", tensors) if processes.is_main else None
-    shards, offsets = {}, {}
-    for key, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            local, chunks = tensor.to_local(), tensor.__create_chunk_list__()
-            if local.numel() == 0 or not chunks or not _is_first_copy(tensor):
-                continue
-            shards[key], place = local, list(chunks[0].offsets)
-        elif processes.is_main:
-            shards[key], place = tensor, [0] * tensor.dim()
-        else:
-            continue
-        offsets[key] = {"saved_offsets": place}
-    if not shards:
-        return None
-    file = f"{name}/shard-{processes.rank + 1:05d}-model-00001-of-00001.safetensors"
-    return Part(file, shards, {OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0"})
-
-
-def _is_first_copy(tensor: DTensor) -> bool:
-    """Whether no other process with the same shard comes before this one."""
-    place = tensor.device_mesh.get_coordinate()
-    return all(
-        where == 0
-        for where, how in zip(place, tensor.placements, strict=True)
-        if how.is_replicate()
-    )
 
 
 @dataclass
@@ -125,6 +75,26 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.job: Job | None = None
         self.failure: str | None = None
+
+    def reserve(self, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Make the memory of the copies ready beside the first steps, since that takes a while.
+
+        Args:
+            tensors: as of `save`.
+        """
+        if not self.beside:
+            return
+        found = (part_of(name, t, self.processes) for name, t in tensors.items())
+        parts = [part for part in found if part is not None]
+
+        def work() -> None:
+            for part in parts:
+                buffers = self.buffers.setdefault(part.file, {})
+                for name, tensor in part.tensors.items():
+                    buffers[name] = _buffer(tensor).zero_()  # else the first copy gets the pages
+
+        self.thread = threading.Thread(target=work, daemon=True)
+        self.thread.start()
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
         """Begin to write <run_dir>/checkpoints/step_<step>; all processes call this.
@@ -191,8 +161,7 @@ class CheckpointWriter:
         buffers = self.buffers.setdefault(part.file, {})
         for name, tensor in part.tensors.items():
             if name not in buffers:
-                pinned = tensor.device.type == "cuda"
-                buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                buffers[name] = _buffer(tensor)
             buffers[name].copy_(tensor.detach(), non_blocking=True)
         if self.processes.device.type == "cuda":
             torch.cuda.synchronize()
@@ -278,6 +247,12 @@ class CheckpointWriter:
         remove_old(self.config)
 
 
+def _buffer(tensor: Tensor) -> Tensor:
+    """Memory on the CPU for a copy of a tensor, which a GPU can write to by itself."""
+    pinned = tensor.device.type == "cuda"
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+
+
 def point_latest(folder: Path) -> None:
     """Let `latest` beside the checkpoint lead to it, in one move."""
     link = folder.with_name(LATEST)
@@ -301,12 +276,3 @@ def remove_old(config: Config) -> None:
             going = folder.with_name(f".{folder.name}.old.tmp")
             os.replace(folder, going)  # never half a checkpoint under its name
             shutil.rmtree(going)
-
-
-def write_now(module: nn.Module, folder: Path, name: str, processes: Processes) -> None:
-    """The weights of a module at once, by all processes, into a folder that is there."""
-    part = part_of(name, module.state_dict(), processes)
-    if part is not None:
-        path = folder / part.file
-        path.parent.mkdir(exist_ok=True)
-        write_tensors(path, part.tensors, part.metadata)

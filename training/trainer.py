@@ -28,7 +28,7 @@ from models.sealed import checkpoints
 from models.summary import summarize
 from sampling.objectives import build_objective
 from training.attempts import record_attempt
-from training.checkpoint import TrainingState, initialise, resume, save_checkpoint
+from training.checkpoint import TrainingState, initialise, resume, save_checkpoint, saved_tensors
 from training.dump import dump_nonfinite
 from training.ema import EMA
 from training.interruption import StopRequest
@@ -128,12 +128,14 @@ class Trainer:
             return
         steps = last - state.step
         batches = training_batches(self.data, self.config, self.processes, state.position, steps)
-        profiler = Profiler(self.config, self.processes)
+        profiler, first = Profiler(self.config, self.processes), state.step
         state.model.train()
         while state.step < last and not stop.agreed:
             profiler.before(state.step)
             self._step(batches, telemetry)
             profiler.after(state.step - 1)
+            if state.step == first + 1:  # the optimizer has its moments now
+                self.writer.reserve(saved_tensors(state))
             with telemetry.pause():
                 if not stop.due(state.step):
                     self._write_what_is_due(telemetry, stop)

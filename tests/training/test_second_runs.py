@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from programs import wait_for
+from programs import Program, wait_for
 from tiny_runs import HANG, ROOT, contents, run, same, slowly
 
 import core.locks
 from core.errors import UserError
 from core.locks import Lock
-from models.pretrained import find_checkpoint
+from models.pretrained import find_checkpoint, read_tensors
 from models.sealed import checkpoints
 from training.verify_resume import write_cache
 
@@ -185,4 +186,79 @@ def test_a_killed_loader_worker_is_one_line(flags, tmp_path, start):
     assert code == 2
     assert errors.splitlines()[-1].startswith("error: a data worker or another process died")
     assert "Traceback" not in errors
+    assert checkpoints(tmp_path / "run")
+
+
+def pair(tmp_path, argv, first=("", "")):
+    """train.py as two processes that torchrun would start; `first` as of Program, for each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+        place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        text = f"os.environ.update({ {k: str(v) for k, v in place.items()} })\n{first[rank]}"
+        log = tmp_path / f"rank_{rank}_{time.monotonic_ns()}"
+        started.append(Program("train", argv, log, text))
+    return started
+
+
+SPOIL = """
+def spoil(self, norm, loss, records):
+    self.bare.final.linear.bias.grad.mul_(float("nan"))
+    norm.fill_(float("nan"))
+before(TrainStep, "_step", spoil)
+"""
+
+
+def test_sharded_weights_are_dumped_too(flags, tmp_path):
+    argv = flags(
+        parallel__strategy="fsdp",
+        train__log_every=3,
+        train__ckpt_every=100,
+        train__max_nonfinite_steps=3,
+    )
+    programs = pair(tmp_path, argv, (SPOIL, SPOIL))
+    (code, errors), _ = (program.end() for program in programs)
+    folder = tmp_path / "run" / "nonfinite_step_0000003"
+    assert code == 2
+    assert errors.splitlines()[-1].endswith(f"weights and facts are in {folder}")
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts["parameters_with_nonfinite_gradient"] == ["final.linear.bias"]
+    assert len(list((folder / "model").iterdir())) == 2
+    whole = read_tensors(folder / "model")
+    assert whole["final.linear.weight"].shape == (4, 16)
+    assert all(tensor.isfinite().all() for tensor in whole.values())
+
+
+def test_a_disk_that_one_process_cannot_write_to(flags, tmp_path):
+    """The others' parts make no checkpoint; the main process says whose part is missing."""
+    full = """
+def refuse(*arguments):
+    raise OSError(28, "No space left on device")
+training.saving.write_tensors = refuse
+"""
+    argv = flags(parallel__strategy="fsdp", train__ckpt_every=100, train__timeout=8)
+    programs = pair(tmp_path, argv, ("", full))
+    (code, errors), _ = (program.end() for program in programs)
+    assert code == 2
+    assert "could not be written: process 1: No space left on device; older" in errors
+    assert checkpoints(tmp_path / "run") == []
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_dies_or_hangs_ends_the_other_with_one_line(number, flags, tmp_path):
+    argv = flags(train__max_steps=500, train__timeout=3)
+    main, other = pair(tmp_path, argv, (slowly(0.05), ""))
+    wait_for(lambda: checkpoints(tmp_path / "run"))
+    other.signal(number)
+    code, errors = main.end()
+    other.process.kill()
+    assert code == 2
+    assert "Traceback" not in errors
+    last = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(last) == 1
+    assert last[0].startswith("error: a data worker or another process died or does not answer")
     assert checkpoints(tmp_path / "run")
