@@ -3,10 +3,11 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
-from core.errors import ConfigError
+from core.errors import ConfigError, UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +66,22 @@ def hyphenated(word: str) -> str:
     if not flag.startswith("--") or "." in flag:
         return word
     return flag.replace("_", "-") + equals + value
+
+
+@contextmanager
+def as_flags(flags: dict[str, str]) -> Iterator[None]:
+    """Errors about keys of a config name what the user typed instead.
+
+    Args:
+        flags: name of a flag by the key, which stands at the beginning of a message.
+    """
+    try:
+        yield
+    except UserError as error:
+        key, colon, rest = str(error).partition(":")
+        if key not in flags:
+            raise
+        raise type(error)(f"{flags[key]}{colon}{rest}") from error
 
 
 def positive(text: str) -> int:

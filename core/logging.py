@@ -62,9 +62,10 @@ class _Lines(tqdm):
         super().set_postfix(ordered_dict, refresh=False, **kwargs)
 
     def close(self) -> None:
-        """Write the last line."""
+        """Write the last line, where it took longer than `delay`."""
         if self.disable:
             return
-        self.display()
+        if self._time() >= self.start_t + self.delay:
+            self.display()
         self.disable = True
         self._decr_instances(self)

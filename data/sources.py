@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from config.schema import Config, DataConfig, ModelConfig
+from core.command_line import as_flags
 from core.distributed import Processes
 from core.errors import UserError
 from data.dataset import EncodedDataset, ImageDataset, LatentDataset, TrainingData
@@ -25,7 +26,7 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
     if data.source == "npz":
         with processes.main_first():
             vae = VAE(data.vae_path)
-        parts = [PublishedCache(path, data.npz_contents, vae) for path in _paths(data)]
+        parts = [PublishedCache(path, data.npz_contents, vae, processes) for path in _paths(data)]
     else:
         parts = [LatentCache(Path(path)) for path in _paths(data)]
     source = parts[0] if len(parts) == 1 else JoinedCaches(parts)
@@ -39,7 +40,7 @@ def _image_data(config: Config, path: str, processes: Processes, flip: bool) -> 
     data = config.data
     with processes.main_first():
         vae = open_vae(data.vae_path, processes.device)
-    source = Images(path, data.image_size, vae)
+    source = Images(path, data.image_size, vae, processes)
     check_fits(source, data, config.model)
     kind = ImageDataset if data.vae_path is None else EncodedDataset
     return kind(source, config.seed, flip, config.model.num_classes > 0)
@@ -52,8 +53,10 @@ def validation_data(config: Config, processes: Processes) -> TrainingData:
         UserError: when they cannot be read, or do not fit the config.
     """
     if config.data.val_cached_path is None:
-        return _image_data(config, config.data.val_data_path, processes, flip=False)
-    cache = LatentCache(Path(config.data.val_cached_path))
+        with as_flags({"data.data_path": "data.val_data_path"}):
+            return _image_data(config, config.data.val_data_path, processes, flip=False)
+    with as_flags({"data.cached_path": "data.val_cached_path"}):
+        cache = LatentCache(Path(config.data.val_cached_path))
     check_fits(cache, config.data, config.model)
     check_vae(cache, config.data, processes)
     conditional = config.model.num_classes > 0
