@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.command_line import Parser, positive
+from core.command_line import Parser, above_zero, not_negative, positive
 from core.distributed import Processes, processes
 from core.errors import UserError, command
 from core.logging import get_logger, progress
@@ -192,8 +192,10 @@ def main() -> None:
     parser.add_argument("--out", **required, help="folder to write")
     parser.add_argument("--steps", type=positive, default=800, help="optimizer steps")
     parser.add_argument("--batch-size", type=positive, default=32, help="images per step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
-    parser.add_argument("--kl-weight", type=float, default=1e-4, help="weight of the KL divergence")
+    parser.add_argument("--lr", type=above_zero, default=3e-3, help="highest learning rate")
+    parser.add_argument(
+        "--kl-weight", type=not_negative, default=1e-4, help="weight of the KL divergence"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     arguments = vars(parser.parse_args())
