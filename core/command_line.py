@@ -134,9 +134,17 @@ def file_to_write(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder; a file is wanted")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
+    above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written: {above} is no folder for it")
+    return path
+
+
+def folder(text: str) -> Path:
+    """A folder that is there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
     return path
 
 

@@ -138,7 +138,8 @@ class Shard:
         try:
             same = file_hash(path) == self.sha256[kind]
         except OSError as error:
-            raise UserError(f"data.cached_path: cannot read {path}: {error}") from error
+            reason = error.strerror or error
+            raise UserError(f"data.cached_path: cannot read {path}: {reason}") from error
         if not same:
             raise UserError(
                 f"data.cached_path: {path} changed since it was written; make the cache again"
@@ -203,7 +204,8 @@ def read_manifest(folder: Path) -> Manifest:
             "make it with main_cache.py"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"data.cached_path: cannot read {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.cached_path: cannot read {path}: {reason}") from error
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         raise UserError(

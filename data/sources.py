@@ -10,6 +10,7 @@ from data.dataset import EncodedDataset, ImageDataset, LatentDataset, TrainingDa
 from data.latents import JoinedCaches, LatentCache, Moments
 from data.online import Images
 from data.published import PublishedCache
+from data.sampler import check_enough
 from data.vae import KNOWN_NAMES, VAE, open_vae
 
 
@@ -22,7 +23,9 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
     data = config.data
     options = (config.seed, data.horizontal_flip, config.model.num_classes > 0)
     if data.source == "images":
-        return _image_data(config, data.data_path, processes, data.horizontal_flip)
+        images = _image_data(config, data.data_path, processes, data.horizontal_flip)
+        check_enough(len(images), config.train.global_batch_size)
+        return images
     if data.source == "npz":
         with processes.main_first():
             vae = VAE(data.vae_path)
@@ -31,6 +34,7 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
         parts = [LatentCache(Path(path)) for path in _paths(data)]
     source = parts[0] if len(parts) == 1 else JoinedCaches(parts)
     check_fits(source, data, config.model)
+    check_enough(len(source), config.train.global_batch_size)
     check_vae(source, data, processes)
     return LatentDataset(source, *options)
 
