@@ -24,6 +24,7 @@ FLAGS = {
     "data.data_path": "--data-path",
     "data.image_size": "--img-size",
     "data.vae_path": "--vae-path",
+    "dtype": "--dtype",
 }
 """Keys of a config that have a flag here."""
 

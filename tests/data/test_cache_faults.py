@@ -121,6 +121,24 @@ def test_a_lost_reader_is_one_line_and_finished_shards_stay(
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_ctrl_c_is_one_line_and_finished_shards_stay(stuck, vae_folder, tmp_path):
+    """As a terminal sends it: to every process of the group."""
+    out = tmp_path / "cache"
+    command = [sys.executable, "main_cache.py", *arguments(stuck, vae_folder, out)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    wait_for(lambda: len(list(out.glob("done-*.json"))) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=60)[1].replace("\r", "\n").splitlines()
+    assert process.returncode == 130
+    assert errors[-1] == "interrupted"
+    assert "Traceback" not in "".join(errors)
+    assert len(list(out.glob("done-*.json"))) >= 2
+    assert not (out / ".lock").exists()
+
+
 IN_A_SMALL_DISK = """
 import json, subprocess, sys
 import main_cache
