@@ -8,12 +8,13 @@ import torch
 
 from config.load import parse_config
 from core.distributed import Processes
-from core.errors import UserError
+from core.errors import ConfigError, UserError
 from data.convert_cache import convert_cache
 from data.dataset import EncodedDataset, LatentDataset
 from data.images import ImageFolder
 from data.latents import JoinedCaches, LatentCache
 from data.loader import training_batches
+from data.making import made_alone
 from data.published import PublishedCache
 from data.sources import training_data, validation_data
 from data.vae import VAE
@@ -100,6 +101,13 @@ def test_published_files_convert(exact, image_root, vae, tmp_path):
     with pytest.raises(UserError, match="exists"):
         convert_cache(source, out, 16, "x")
     JoinedCaches([cache, exact])
+
+
+def test_published_files_are_converted_by_one_process_at_a_time(exact, image_root, vae, tmp_path):
+    root = as_published(exact, image_root, tmp_path / "npz", PUBLISHED["posterior"])
+    source, out = PublishedCache(root, "posterior", vae), tmp_path / "cache"
+    with made_alone(out), pytest.raises(ConfigError, match=r"--out: .* is in use by process"):
+        convert_cache(source, out, 16, "x")
 
 
 def test_damaged_and_wrong_published_files_are_named(exact, image_root, vae, tmp_path):
