@@ -12,12 +12,21 @@ torchrun --nproc_per_node=8 main_cache.py --data_path IMAGENET/train --cached_pa
 import argparse
 import os
 
-from core.command_line import Parser, natural, positive
+from core.command_line import Parser, as_flags, natural, positive
 from core.distributed import NO_HURRY, processes
-from core.errors import UserError, command
+from core.errors import ConfigError, command
 from core.logging import quiet_other_processes
 from data.caching import CacheOptions, cache_latents, verify_cache
 from data.manifest import DTYPES
+
+FLAGS = {
+    "data.cached_path": "--cached-path",
+    "data.data_path": "--data-path",
+    "data.image_size": "--img-size",
+    "data.vae_path": "--vae-path",
+    "dtype": "--dtype",
+}
+"""Keys of a config that have a flag here."""
 
 
 def parse() -> argparse.Namespace:
@@ -36,6 +45,7 @@ def parse() -> argparse.Namespace:
     add("--batch-size", type=positive, default=128, help="images per forward pass")
     workers = min(4, os.cpu_count() or 1)
     add("--num-workers", type=natural, default=workers, help="reading processes of each process")
+    add("--timeout", type=positive, default=600, help="seconds to wait for one of them")
     add("--shard-size", type=positive, default=4096, help="images per file")
     add("--dtype", choices=DTYPES, default="float16", help="of stored moments")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: GPUs if any")
@@ -57,12 +67,13 @@ def main() -> None:
     arguments = vars(parse())
     device = arguments.pop("device")
     if arguments.pop("verify"):
-        verify_cache(arguments["cached_path"])
+        with as_flags(FLAGS):
+            verify_cache(arguments["cached_path"])
         return
     if "data_path" not in arguments:
-        raise UserError("--data_path: needed to write a cache, an image folder")
+        raise ConfigError("--data-path: needed to write a cache, an image folder")
     options = CacheOptions(image_size=arguments.pop("img_size"), **arguments)
-    with processes(device, cpu_threads=1, timeout=NO_HURRY) as group:
+    with as_flags(FLAGS), processes(device, cpu_threads=1, timeout=NO_HURRY) as group:
         quiet_other_processes(group)
         cache_latents(options, group)
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from benchmarks.measure import alternate, machine, report
-from core.command_line import Parser, positive
+from core.command_line import Parser, file_to_write, folder, positive
 from core.errors import command
 from data.dataset import LatentDataset
 from data.latents import LatentCache, Moments
@@ -237,8 +237,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=positive, default=256, help="latents of a batch")
     parser.add_argument("--shard-size", type=positive, default=4096, help="images per file")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds; the median counts")
-    parser.add_argument("--dir", type=Path, help="where files are written; a temporary folder")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--dir", type=folder, help="where files are written; a temporary folder")
+    parser.add_argument("--out", type=file_to_write, help="JSON file to write")
     flags = parser.parse_args(argv)
     torch.set_num_threads(1)  # as in a loader process
     with tempfile.TemporaryDirectory(dir=flags.dir) as name:

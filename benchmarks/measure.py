@@ -1,5 +1,6 @@
 """Timing calls against each other, and writing down what was found."""
 
+import argparse
 import gc
 import json
 import platform
@@ -13,6 +14,21 @@ import torch
 from torch import nn
 
 from core.files import complete_file
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_here(text: str) -> str:
+    """A device that this machine has: the type of a flag."""
+    allowed = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    if text.partition(":")[0] not in allowed:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not available on this machine; allowed: {', '.join(allowed)}"
+        )
+    return text
 
 
 def alternate(

@@ -7,12 +7,11 @@ on random features.
 import resource
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from benchmarks.measure import machine, report
-from core.command_line import Parser, positive
+from core.command_line import Parser, file_to_write, positive
 from core.errors import command
 from evaluations.metrics import frechet_distance, precision_recall, statistics
 
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=positive, default=50_000, help="images, N")
     parser.add_argument("--references", type=positive, default=10_000, help="reference images, M")
     parser.add_argument("--width", type=positive, default=WIDTH, help="of the features")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--out", type=file_to_write, help="JSON file to write")
     flags = parser.parse_args(argv)
     draws = torch.Generator().manual_seed(0)
     shape = (flags.samples, flags.width)

@@ -8,12 +8,18 @@ and its shared expert together.
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import activation_memory, alternate, machine, report
+from benchmarks.measure import (
+    activation_memory,
+    alternate,
+    default_device,
+    device_here,
+    machine,
+    report,
+)
 from benchmarks.pseudo_code import Algorithm3
 from config.model import FeedForwardConfig
 from config.schema import (
@@ -24,7 +30,7 @@ from config.schema import (
     ModelConfig,
     TokenChoiceConfig,
 )
-from core.command_line import Parser, positive
+from core.command_line import Parser, file_to_write, positive
 from core.errors import command
 from models.build import FEED_FORWARDS
 
@@ -174,19 +180,34 @@ def compare(flags: argparse.Namespace) -> list[dict]:
     ]
 
 
+def _tokens(text: str) -> int:
+    """A multiple of the tokens of one sample."""
+    count = positive(text)
+    if count % SAMPLE:
+        near = max(1, round(count / SAMPLE)) * SAMPLE
+        raise argparse.ArgumentTypeError(f"{count} is not a multiple of {SAMPLE}; near it: {near}")
+    return count
+
+
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser("benchmarks.moe_layer", __doc__)
     add = parser.add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    add("--device", type=device_here, default=default_device(), help="where: cpu or cuda")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     add("--compile", action="store_true", help="compile our layers (not the baselines)")
     add("--family", choices=FAMILIES, default="diffmoe", help="whose layers")
     add("--hidden-size", type=positive, default=384, help="D")
-    add("--num-experts", type=int, nargs="+", default=[16], help="E of diffmoe, one table for each")
-    add("--tokens", type=positive, default=4096, help="in the batch, a multiple of 256")
+    add(
+        "--num-experts",
+        type=positive,
+        nargs="+",
+        default=[16],
+        help="E of diffmoe, one table for each",
+    )
+    add("--tokens", type=_tokens, default=4096, help="in the batch, a multiple of 256")
     add("--repeats", type=positive, default=15, help="rounds through all layers")
-    add("--out", type=Path, help="JSON file; a number of experts is put into its name")
+    add("--out", type=file_to_write, help="JSON file; a number of experts is put into its name")
     return parser.parse_args(argv)
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import alternate, machine, report
+from benchmarks.measure import alternate, default_device, device_here, machine, report
 from config.files import find_config
 from config.load import load_config
 from config.schema import Config
-from core.command_line import Parser, positive
+from core.command_line import Parser, file_to_write, positive
 from core.distributed import Processes
 from core.errors import command
 from models.build import build_model
@@ -101,13 +101,13 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser("benchmarks.train_step", __doc__)
     add = parser.add_argument
     add("--config", nargs="+", required=True, help="the first one is the baseline")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where")
+    add("--device", type=device_here, default=default_device(), help="where: cpu or cuda")
     add("--batch-size", type=positive, default=32, help="images of a step")
     add("--micro-batch-size", type=positive, help="images of a forward pass; by default all")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast")
     add("--compile", action="store_true", help="compile the blocks")
     add("--repeats", type=positive, default=7, help="steps of each config in each of two rounds")
-    add("--out", type=Path, help="JSON file")
+    add("--out", type=file_to_write, help="JSON file")
     return parser.parse_args(argv)
 
 
@@ -115,10 +115,10 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Measure all configs forwards and backwards, and report the better round of each."""
     flags = parse_flags(argv)
-    device = torch.device(flags.device)
+    place = torch.device(flags.device)
     found: dict[Path, dict] = {}
     for name in [*flags.config, *reversed(flags.config)]:
-        row = measure(name, flags, device)
+        row = measure(name, flags, place)
         if name not in found or row["seconds"] < found[name]["seconds"]:
             found[name] = row
     first = found[flags.config[0]]["seconds"]
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         {"config": name, "step / first": row["seconds"] / first, **row}
         for name, row in found.items()
     ]
-    settings = {k: str(v) for k, v in vars(flags).items()} | machine(device)
+    settings = {k: str(v) for k, v in vars(flags).items()} | machine(place)
     title = f"batch {flags.batch_size}, {flags.precision}{', compiled' if flags.compile else ''}"
     report(title, rows, settings, flags.out)
 

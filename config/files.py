@@ -7,12 +7,12 @@ section changes, keys that the new one does not have are dropped from what stood
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from config.schema import CHOICES
+from config.yaml_files import read_yaml
 from core.errors import ConfigError, unknown_name
 
 FOLDER = Path(__file__).resolve().parent
@@ -36,11 +36,50 @@ def find_config(name: str, field: str = "--config", folder: Path = Path()) -> Pa
     for path in (folder / name, folder / f"{bare}.yaml", FOLDER / f"{bare}.yaml"):
         if bare and path.is_file():
             return path
+    raise ConfigError(f"{field}: {_instead(name, '/'.join(Path(bare).parts), folder)}")
+
+
+def _instead(name: str, bare: str, folder: Path) -> str:
+    """What is wrong with a name that no config has, and the names that may be meant."""
     known = known_configs()
-    wanted = "/".join(Path(bare).parts[-2:]).removeprefix("config/")
-    near = difflib.get_close_matches(wanted, known, n=4, cutoff=0.5)
-    listed = f"near it: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-    raise ConfigError(f"{field}: no file {name}, and no config of that name; {listed}")
+    wanted = bare.removeprefix("config/")
+    inside = [one for one in known if one.startswith(f"{wanted}/")] if wanted else []
+    if inside or (name and (folder / name).is_dir()):
+        some = f"; configs in it: {_some(inside)}" if inside else ""
+        return f"{name} is a folder, not a file{some}"
+    renamed = _renamed(wanted, known)
+    if renamed is not None:
+        return f"no file {name}, and no config of that name; it is now {renamed}"
+    tail = "/".join(wanted.split("/")[-2:])
+    near = _alike(wanted.split("/")[-1]) or difflib.get_close_matches(tail, known, n=4, cutoff=0.5)
+    listed = f"near it: {', '.join(near)}" if near else f"there are such as {_some(FIRST)}"
+    return f"no file {name or repr(name)}, and no config of that name; {listed}"
+
+
+def _alike(last: str) -> list[str]:
+    """Configs whose name ends so, whatever their folder."""
+    found = (path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.yaml"))
+    return sorted(path.as_posix() for path in found if path.name == last and len(path.parts) == 2)
+
+
+FIRST = ("000_DiffMoE_S_E16_Flow", "diffmoe/L_E16_flow", "dit/XL_flow", "quickstart", "...")
+"""Names to begin with."""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:6], *(["..."] if len(names) > 6 else [])])
+
+
+def _renamed(name: str, known: Sequence[str]) -> str | None:
+    """What replaces a name of version 0.1, such as `dit_S_ddpm` and `imagenet256_jit`."""
+    family, _, rest = name.partition("_")
+    if family == "imagenet256" and rest:
+        return f"{rest}/{family}" if (FOLDER / rest / f"{family}.yaml").is_file() else None
+    now = f"{family.removesuffix('moe') if family == 'jitmoe' else family}/{rest}"
+    if now in known:
+        return now
+    flow = f"{now.removesuffix('_ddpm')}_flow"
+    return f"{flow} with --objective.name ddpm" if now != flow and flow in known else None
 
 
 def run_name(path: Path | None) -> str:
@@ -58,13 +97,7 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict:
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: base: files form a circle")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a readable YAML file: {error}") from None
-    raw = {} if raw is None else raw
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a config is a mapping of keys, not {type(raw).__name__}")
+    raw = own_values(path)
     base = raw.pop("base", None)
     if base is None:
         return raw
@@ -72,6 +105,15 @@ def read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         raise ConfigError(f"{path}: base: must be one file or name, not {base!r}")
     below = find_config(base, f"{path}: base", path.parent)
     return merge(read_file(below, (*seen, path)), raw)
+
+
+def own_values(path: Path) -> dict:
+    """What stands in a YAML file itself, its `base:` included."""
+    raw = read_yaml(path)
+    raw = {} if raw is None else raw
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a config is a mapping of keys, not {type(raw).__name__}")
+    return raw
 
 
 def merge(below: dict, above: dict, at: str = "") -> dict:

@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 
-from config.files import find_config, merge, read_file, run_name
+from config.files import find_config, merge, own_values, read_file, run_name
 from config.help import print_help
+from config.idle import changed, idle, leaves
 from config.objective import SAMPLERS
 from config.schema import CHOICES, Config
 from config.sizes import SIZES
-from config.typed import Text, UnknownKeyError, build
+from config.typed import Text, UnknownKeyError, all_paths, build
 from config.validate import validate
 from core.errors import ConfigError, unknown_name
 
@@ -33,6 +34,7 @@ def parse_config(argv: list[str], prog: str, world_size: int | None = 1) -> Conf
     flags = _read_flags(argv)
     path = None if flags.config is None else find_config(flags.config)
     raw = {} if path is None else read_file(path)
+    alone = _from_file(Config, _expand_size(raw, None), path)
     for key, name in flags.names.items():
         raw = merge(raw, _nested(key, {"name": name}))
     raw = _expand_size(raw, flags.size)
@@ -42,10 +44,35 @@ def parse_config(argv: list[str], prog: str, world_size: int | None = 1) -> Conf
         sys.exit(0)
     config = _finish(_with_flags(raw, flags.keys), default_run=run_name(path))
     validate(config, world_size)
+    for key, needed in idle(config, flags.keys).items():
+        raise ConfigError(f"--{key}: has no effect here; it needs {needed}")
+    if path is not None:
+        _check_file(path, alone, config)
     if flags.print_config:
         sys.stdout.write(dump_config(config))
         sys.exit(0)
     return config
+
+
+def _check_file(path: Path, alone: Config, config: Config) -> None:
+    """Refuse keys of a file that do nothing in it, and that no flag gives an effect either.
+
+    Keys of its bases may serve other files, and the record of a run has all keys that there are.
+
+    Args:
+        path: of the file.
+        alone: its config without flags.
+        config: with flags.
+    """
+    own = own_values(path)
+    if 2 * len(leaves(own)) > len(leaves(dataclasses.asdict(config))):
+        return
+    paths = changed(alone, own)
+    found = idle(_finish(alone, default_run=""), paths)
+    still = idle(config, paths)
+    for key in found:
+        if key in still:
+            raise ConfigError(f"{path}: {key}: has no effect here; it needs {found[key]}")
 
 
 def load_config(path: Path) -> Config:
@@ -95,7 +122,7 @@ def _read_flags(argv: list[str]) -> _Flags:
     flags, words = _Flags(), iter(argv)
     for word in words:
         if not word.startswith("-"):
-            raise ConfigError(f"unrecognized arguments: {word}")
+            raise ConfigError(f"{word}: unknown; a value follows its flag, as in --seed 1")
         flag, equals, value = word.partition("=")
         path = flag.lstrip("-").replace("-", "_")  # --init-from is --init_from
         if path in ("h", "help", "print_config"):
@@ -103,13 +130,12 @@ def _read_flags(argv: list[str]) -> _Flags:
             continue
         value = value if equals else next(words, None)
         if value is None:
-            raise ConfigError(f"--{path}: expected one argument")
+            raise ConfigError(f"--{path}: a value is missing")
         if path == "config":
             flags.config = value
         elif path == "model.size":
             if value not in SIZES:
-                known = ", ".join(SIZES)
-                raise ConfigError(f"--model.size: invalid choice: {value!r} (choose from {known})")
+                raise unknown_name("--model.size", value, SIZES, ConfigError)
             flags.size = value
         elif path.removesuffix(".name") in CHOICES and path.endswith(".name"):
             flags.names[path.removesuffix(".name")] = value
@@ -133,13 +159,14 @@ def _with_flags(raw: dict, keys: dict[str, Text]) -> Config:
     try:
         return build(Config, raw)
     except UnknownKeyError as error:
-        near = error.path.rpartition(".")[0]
-        near = f"; did you mean --{f'{near}.' if near else ''}{error.near}?" if error.near else ""
-        raise ConfigError(f"unrecognized arguments: --{error.path}{near}") from None
+        hint = error.hint(dashes="--") or "--help lists the keys"
+        raise ConfigError(f"--{error.path}: unknown key; {hint}") from None
     except ConfigError as error:
         section = next((p for p in keys if str(error).startswith(f"{p}: a section")), None)
         if section is not None:
-            raise ConfigError(f"unrecognized arguments: --{section}") from None
+            raise ConfigError(
+                f"--{section}: is a section; give its keys, such as --{_a_key(section)}"
+            ) from None
         raise
 
 
@@ -169,6 +196,10 @@ def _finish(config: Config, default_run: str) -> Config:
     if config.run_dir is None:
         config.run_dir = default_run
     return config
+
+
+def _a_key(section: str) -> str:
+    return next(path for path in all_paths() if path.startswith(f"{section}."))
 
 
 def _nested(path: str, value: Any) -> dict:

@@ -122,6 +122,9 @@ ODE_METHODS = (
     *("bosh3", "dopri8", "fehlberg2", "adaptive_heun", "explicit_adams", "implicit_adams"),
     *("fixed_adams", "scipy_solver"),
 )
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
+"""ODE methods that choose their own steps within a tolerance."""
+
 SDE_METHODS = ("euler_maruyama", "stochastic_heun")
 
 SAMPLERS = {"flow": (*ODE_METHODS, *SDE_METHODS), "ddpm": ("ddpm", "ddim")}

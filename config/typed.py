@@ -12,7 +12,7 @@ from typing import Any, Literal, Union
 import yaml
 
 from config.files import chosen
-from config.schema import CHOICES
+from config.schema import CHOICES, Config
 from core.errors import ConfigError
 
 
@@ -21,13 +21,51 @@ class Text(str):
 
 
 class UnknownKeyError(ConfigError):
-    """A key that the schema does not have."""
+    """A key that the schema does not have.
 
-    def __init__(self, path: str, known: list[str]):
-        near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        super().__init__(f"{path}: unknown key; {hint}known here: {', '.join(known)}")
-        self.path, self.near = path, [*near, ""][0]
+    Attributes:
+        path: of the key.
+    """
+
+    def __init__(self, path: str, known: list[str], chosen_name: str | None):
+        self.path, self.known, self.chosen_name = path, known, chosen_name
+        listed = f"known here: {', '.join(known)}"
+        super().__init__(f"{path}: unknown key; {self.hint() or listed}")
+
+    def hint(self, dashes: str = "") -> str:
+        """What may be meant, the names of flags with `dashes`; nothing if nothing is near."""
+        section, _, key = self.path.rpartition(".")
+        others = [
+            name
+            for name, kind in CHOICES.get(section, {}).items()
+            if key in {field.name for field in dataclasses.fields(kind)}
+        ]
+        if others:
+            have = " or ".join(sorted(others))
+            return f"{dashes}{section}.name {have} has it, not {self.chosen_name}"
+        near = [f"{dashes}{path}" for path in _near(self.path, self.known)]
+        return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def _near(path: str, known: list[str]) -> list[str]:
+    """The nearest key of this section, or the same one of others, or the nearest of all."""
+    section, _, key = path.rpartition(".")
+    paths = all_paths()
+    same = [one for one in paths if one.rpartition(".")[2] == key]
+    here = [f"{section}.{name}" if section else name for name in known]
+    near = difflib.get_close_matches(path, here, n=1, cutoff=0.75) or same
+    return near or difflib.get_close_matches(path, [*here, *paths], n=1, cutoff=0.75)
+
+
+def all_paths(kind: type | None = None, at: str = "") -> list[str]:
+    """Paths of every key that there is, whatever the names of sections."""
+    found = []
+    for one in CHOICES[at].values() if at in CHOICES else [kind or Config]:
+        for name, hint in typing.get_type_hints(one).items():
+            path = f"{at}.{name}" if at else name
+            inside = path in CHOICES or dataclasses.is_dataclass(hint)
+            found += all_paths(hint, path) if inside else [path]
+    return list(dict.fromkeys(found))
 
 
 def build(kind: type, values: Any, at: str = "") -> Any:
@@ -48,7 +86,7 @@ def build(kind: type, values: Any, at: str = "") -> Any:
     for key, value in values.items():
         path = f"{at}.{key}" if at else str(key)
         if key not in kinds:
-            raise UnknownKeyError(path, list(kinds))
+            raise UnknownKeyError(path, list(kinds), getattr(kind, "name", None))
         section = section_class(path, kinds[key], value)
         if section is not None:
             made[key] = build(section, value, path)

@@ -1,10 +1,11 @@
 """Combinations that cannot work, found before any model is built or data is read."""
 
 import math
+import os
 
 from config.objective import SAMPLERS, SDE_METHODS, DDPMConfig, FlowConfig, SamplingConfig
 from config.schema import Config, OptimConfig
-from config.validate_model import check_model, require
+from config.validate_model import check_model, least_parameters, require
 
 
 def validate(config: Config, world_size: int | None = 1) -> None:
@@ -186,15 +187,32 @@ def _check_batch(config: Config, world_size: int) -> None:
 
 def _check_parallel(config: Config, world_size: int | None) -> None:
     size = config.parallel.shard_size
-    if size is None:
+    if size is None or config.parallel.strategy == "ddp":
         return
-    require(
-        config.parallel.strategy == "fsdp",
-        f"parallel.shard_size: {size} means nothing for ddp; allowed: parallel.strategy fsdp",
-    )
     require(
         size >= 1 and (world_size is None or world_size % size == 0),
         f"parallel.shard_size: {size} does not divide {world_size} process(es)",
+    )
+
+
+def check_memory(config: Config, world_size: int) -> None:
+    """Refuse weights that this machine cannot hold, before they fill it.
+
+    Args:
+        config: of a run that begins here.
+        world_size: processes that train.
+
+    Raises:
+        ConfigError: naming what makes the model so large.
+    """
+    shares = world_size if config.parallel.strategy == "fsdp" else 1
+    least = 4 * least_parameters(config.model) / shares  # float32
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    require(
+        least <= memory,
+        f"model.hidden_size: {config.model.hidden_size} with model.depth {config.model.depth} and "
+        f"its experts takes more than {least / 2**30:.0f} GiB for the weights alone; this machine "
+        f"has {memory / 2**30:.0f} GiB",
     )
 
 

@@ -18,9 +18,19 @@ def require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+MOST_PARAMETERS = 10**12
+"""More than any machine holds: beyond it a size is mistyped."""
+
+
 def check_model(model: ModelConfig, micro_batch_size: int) -> None:
     """Check the section `model`; the batch limits what experts can choose from."""
     _check_ranges(model)
+    count = least_parameters(model)
+    require(
+        count <= MOST_PARAMETERS,
+        f"model.hidden_size: {model.hidden_size} with model.depth {model.depth} makes more than "
+        f"{count:.2g} parameters; at most {MOST_PARAMETERS:.0e} are allowed",
+    )
     _check_attention(model)
     _check_tokens(model)
     _check_pattern(model)
@@ -34,6 +44,19 @@ def check_model(model: ModelConfig, micro_batch_size: int) -> None:
         _check_top_k(layer, tokens * micro_batch_size)
     if isinstance(layer, DeepSeekConfig):
         _check_groups(layer)
+
+
+def least_parameters(model: ModelConfig) -> int:
+    """So many parameters a model has at least: modulation, dense layers and experts."""
+    D, layer = model.hidden_size, model.feed_forward
+    modulation = 6 * D * D * model.depth
+    if modulation > MOST_PARAMETERS:  # nor need its blocks be counted one by one
+        return modulation
+    experts = len(model.moe_blocks())
+    dense = 2 * D * model.dense_width() * (model.depth - experts)
+    if isinstance(layer, MoEConfig):
+        dense += 2 * D * model.expert_width() * layer.num_experts * experts
+    return modulation + dense
 
 
 def _check_ranges(model: ModelConfig) -> None:

@@ -62,10 +62,10 @@ class _Lines(tqdm):
         super().set_postfix(ordered_dict, refresh=False, **kwargs)
 
     def close(self) -> None:
-        """Write the last line, where one is to stay."""
+        """Write the last line, where one is to stay and it took longer than `delay`."""
         if self.disable:
             return
-        if self.leave:
+        if self.leave and self._time() >= self.start_t + self.delay:
             self.display()
         self.disable = True
         self._decr_instances(self)

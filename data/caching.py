@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 from core.distributed import Processes
-from core.errors import UserError
+from core.errors import ConfigError, UserError
 from core.files import complete_file, sweep
+from core.locks import exclusive
 from core.logging import get_logger
-from data.encoding import CacheOptions, encode_shards, read_record
+from data.encoding import KEPT, CacheOptions, encode_shards, read_record
 from data.images import CROP_RULE, ImageFolder
 from data.latents import LatentCache
 from data.manifest import KINDS, MANIFEST, Manifest
@@ -38,18 +39,35 @@ def cache_latents(options: CacheOptions, processes: Processes) -> None:
 
     Raises:
         UserError: bad folder, VAE or image size, an unreadable image, a finished cache without
-            `overwrite`, or values beyond the range of `dtype`.
+            `overwrite`, a cache that somebody else is writing, a full disk, a reading process that
+            died or hangs, or values beyond the range of `dtype`.
     """
     out = Path(options.cached_path)
-    if (out / MANIFEST).exists() and not options.overwrite:
-        raise UserError(f"cached_path: {out} is a finished cache; --overwrite replaces it")
-    folder = ImageFolder(options.data_path)
+    if _is_finished(out, options):
+        raise ConfigError(_finished(out))
+    folder = ImageFolder(options.data_path, processes=processes)
     with processes.main_first():
         vae = VAE(options.vae_path, processes.device)
     if options.image_size % vae.factor:
-        raise UserError(
-            f"img_size: {options.image_size} is not a multiple of the VAE's {vae.factor}"
+        raise ConfigError(
+            f"data.image_size: {options.image_size} is not a multiple of the VAE's {vae.factor}"
         )
+    with exclusive(out, "data.cached_path", processes):
+        _write(out, options, processes, vae, folder)
+
+
+def _is_finished(out: Path, options: CacheOptions) -> bool:
+    return (out / MANIFEST).exists() and not options.overwrite
+
+
+def _finished(out: Path) -> str:
+    return f"data.cached_path: {out} is a finished cache; --overwrite replaces it"
+
+
+def _write(
+    out: Path, options: CacheOptions, processes: Processes, vae: VAE, folder: ImageFolder
+) -> None:
+    """Write what is missing of the cache, whose folder is ours alone."""
     manifest = _describe(options, vae, folder)
     shards = [
         range(first, min(first + options.shard_size, len(folder)))
@@ -62,12 +80,16 @@ def cache_latents(options: CacheOptions, processes: Processes) -> None:
             missing = [n for n in range(len(shards)) if read_record(out, n) is None]
     refusal, missing = processes.from_main((refusal, missing))
     if refusal is not None:
-        raise UserError(refusal)
+        raise ConfigError(refusal)
     start = time.perf_counter()
     encoded = encode_shards(options, processes, vae, folder, shards, missing)
     encoded = sum(processes.gather(encoded))
     if processes.is_main:
-        manifest = _finish(out, manifest, len(shards))
+        try:
+            manifest = _finish(out, manifest, len(shards))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"data.cached_path: cannot write to {out}: {reason}; {KEPT}") from error
         rate = encoded / (time.perf_counter() - start)
         log.info(
             "%s: %d images of %d classes in %d shards, %.1f images/s",
@@ -106,18 +128,15 @@ def _prepare(
     }
     plan = json.loads(json.dumps(plan))
     try:
-        out.mkdir(parents=True, exist_ok=True)
         sweep(out)
+        if _is_finished(out, options):  # by whoever wrote it while the images were looked through
+            return _finished(out)
         if options.overwrite:
             _clear(out)
-        found = json.loads((out / PLAN).read_text()) if (out / PLAN).exists() else None
-        if found is not None and found != plan:
-            keys = [key for key in plan if found.get(key) != plan[key]]
-            return (
-                f"cached_path: {out} holds an unfinished cache with another {', '.join(keys)}; "
-                "--overwrite starts anew"
-            )
-        if found is None:
+        refusal = _other_plan(out, plan)
+        if refusal is not None:
+            return f"data.cached_path: {out} holds {refusal}; --overwrite starts anew"
+        if not (out / PLAN).exists():
             _clear(out)
         refusal = _room(out, manifest, len(folder))
         if refusal is None:
@@ -125,7 +144,21 @@ def _prepare(
                 temporary.write_text(json.dumps(plan))
         return refusal
     except OSError as error:
-        return f"cached_path: cannot write to {out}: {error}"
+        return f"data.cached_path: cannot write to {out}: {error.strerror or error}"
+
+
+def _other_plan(out: Path, plan: dict) -> str | None:
+    """The unfinished cache in a folder that is not gone on with; None where all is well."""
+    if not (out / PLAN).exists():
+        return None
+    try:
+        found = json.loads((out / PLAN).read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        return f"a damaged {PLAN}"
+    keys = [key for key in plan if found.get(key) != plan[key]]
+    return f"an unfinished cache with another {', '.join(keys)}" if keys else None
 
 
 def _clear(out: Path) -> None:
@@ -147,7 +180,7 @@ def _room(out: Path, manifest: Manifest, images: int) -> str | None:
     log.info("%s: %d images, %.2f GiB", out, images, size / 2**30)
     if size - there > free:
         return (
-            f"cached_path: {out} needs {(size - there) / 2**30:.2f} GiB more, its disk has "
+            f"data.cached_path: {out} needs {(size - there) / 2**30:.2f} GiB more, its disk has "
             f"{free / 2**30:.2f} GiB left"
         )
     return None
@@ -163,7 +196,7 @@ def _finish(out: Path, manifest: Manifest, shards: int) -> Manifest:
         log.warning("%d unreadable images were passed over: %s", len(unreadable), out / REPORT)
     filled = [shard for shard, _ in records if shard.count > 0]
     if not filled:
-        raise UserError(f"data_path: none of the images is readable; see {out / REPORT}")
+        raise UserError(f"data.data_path: none of the images is readable; see {out / REPORT}")
     count = sum(shard.count for shard in filled)
     manifest = dataclasses.replace(manifest, shards=filled, count=count)
     manifest.write(out)

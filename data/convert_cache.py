@@ -12,17 +12,25 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from core.command_line import Parser, natural, positive
-from core.distributed import Processes
+from core.command_line import Parser, as_flags, natural, positive
 from core.errors import UserError, command
-from core.files import complete_folder
 from core.logging import get_logger, progress
+from data.making import ALONE, made_alone, refuse_taken
 from data.manifest import DTYPES, VIEWS, Manifest, Shard
 from data.published import CONTENTS, PublishedCache
 from data.vae import VAE
+from data.workers import next_of, steady
 
 CROP = "unknown"
 """Nobody wrote down how published files were cropped."""
+
+FLAGS = {
+    "data.cached_path": "--from",
+    "data.npz_contents": "--contents",
+    "data.vae_path": "--vae-path",
+    "dtype": "--dtype",
+}
+"""Keys of a config that have a flag here."""
 
 
 class _Shards(Dataset):
@@ -55,6 +63,7 @@ def convert_cache(
     dtype: str = "float16",
     shard_size: int = 4096,
     num_workers: int = 0,
+    timeout: int = 600,
 ) -> None:
     """Write `source` as a cache of shards.
 
@@ -66,14 +75,22 @@ def convert_cache(
         dtype: of the moments, one of `data.manifest.DTYPES`.
         shard_size: images per file.
         num_workers: processes that read.
+        timeout: seconds to wait for one of them.
 
     Raises:
         UserError: an unreadable file, values beyond `dtype`, or `out` exists.
     """
     count = len(source)
     ranges = [range(i, min(i + shard_size, count)) for i in range(0, count, shard_size)]
-    read = DataLoader(_Shards(source, ranges, dtype), batch_size=None, num_workers=num_workers)
-    with complete_folder(out) as folder:
+    read = DataLoader(
+        _Shards(source, ranges, dtype),
+        batch_size=None,
+        num_workers=num_workers,
+        timeout=timeout if num_workers else 0,
+        worker_init_fn=steady,
+    )
+    refuse_taken(out, "is not empty")
+    with made_alone(out) as folder:
         shards = list(_written(source, read, ranges, folder))
         Manifest(
             vae_path=source.vae_path,
@@ -94,12 +111,13 @@ def convert_cache(
 def _written(
     source: PublishedCache, read: DataLoader, ranges: list[range], folder: Path
 ) -> Iterator[Shard]:
-    alone = Processes(0, 1, torch.device("cpu"))
-    with progress(None, alone, "converting", "img", total=len(source)) as bar:
-        for number, moments in enumerate(read):
+    with progress(None, ALONE, "converting", "img", total=len(source)) as bar:
+        arriving = iter(read)
+        for number, indices in enumerate(ranges):
+            reading = f"{source.name(indices[0])} to {source.name(indices[-1])}"
+            moments = next_of(arriving, reading, "nothing is written")
             if isinstance(moments, str):
                 raise UserError(moments)
-            indices = ranges[number]
             labels = source.labels(indices).numpy()
             names = [source.name(index) for index in indices]
             yield Shard.write(folder, number, np.asarray(moments), labels, names)
@@ -119,6 +137,7 @@ def _parse() -> argparse.Namespace:
     add("--shard-size", type=positive, default=4096, help="images per file")
     workers = min(4, os.cpu_count() or 1)
     add("--num-workers", type=natural, default=workers, help="processes that read")
+    add("--timeout", type=positive, default=600, help="seconds to wait for one of them")
     return parser.parse_args()
 
 
@@ -126,16 +145,19 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Parse the command line and convert."""
     flags = _parse()
-    vae = VAE(flags.vae_path)
-    source = PublishedCache(flags.source, flags.contents, vae)
+    refuse_taken(flags.out, "is not empty")
+    with as_flags(FLAGS):
+        vae = VAE(flags.vae_path)
+        source = PublishedCache(flags.source, flags.contents, vae)
     factor = flags.img_size // source.latent_shape[-1]
     if factor != vae.factor:
         raise UserError(
             f"--img-size: latents of {source.latent_shape} come from images of "
             f"{source.latent_shape[-1] * vae.factor} pixels with {vae.path}, not {flags.img_size}"
         )
-    options = (flags.dtype, flags.shard_size, flags.num_workers)
-    convert_cache(source, flags.out, flags.img_size, vae.weights_hash(), *options)
+    options = (flags.dtype, flags.shard_size, flags.num_workers, flags.timeout)
+    with as_flags(FLAGS):
+        convert_cache(source, flags.out, flags.img_size, vae.weights_hash(), *options)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from core.command_line import Parser
-from core.errors import UserError, command
-from core.files import complete_folder
+from core.errors import command
 from core.logging import get_logger
 from core.rng import generator
+from data.making import made_alone, refuse_taken
 
 SIZE = 32
 VAL_SHARE = 0.2
@@ -46,7 +46,7 @@ def write_digits(out: str | Path) -> Counter:
         The number of images in `train` and in `val`.
 
     Raises:
-        UserError: `out` holds something else.
+        UserError: `out` holds something else, is being made, or cannot be written.
     """
     from sklearn.datasets import load_digits
 
@@ -61,9 +61,8 @@ def write_digits(out: str | Path) -> Counter:
     if all((out / place).is_file() for place in places):
         log.info("%s is complete already; left as it is", out)
         return counts
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"out: {out} exists and is not the complete digits; remove it first")
-    with complete_folder(out) as folder:
+    refuse_taken(out, "is not the complete digits")
+    with made_alone(out) as folder:
         for place, scan in zip(places, digits.images, strict=True):
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             enlarge(scan).save(folder / place)

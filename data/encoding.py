@@ -24,6 +24,10 @@ from core.logging import get_logger, progress
 from data.images import ImageFolder, load_image, to_float
 from data.manifest import VIEWS, Shard, stored_dtype
 from data.vae import VAE
+from data.workers import next_of, steady
+
+KEPT = "finished shards stay, and the same command goes on after them"
+"""What of a cache survives a failure."""
 
 log = get_logger("data.encoding")
 
@@ -44,6 +48,7 @@ class CacheOptions:
         overwrite: replace what is there, finished or not.
         on_error: `stop` at an unreadable image, or `skip` it and list it in REPORT.
         vae_dtype: precision of the encoder; `bfloat16` is faster and differs.
+        timeout: seconds to wait for a process that reads images.
     """
 
     data_path: str
@@ -57,6 +62,7 @@ class CacheOptions:
     overwrite: bool
     on_error: str = "stop"
     vae_dtype: str = "float32"
+    timeout: int = 600
 
 
 def _record_path(out: Path, number: int) -> Path:
@@ -70,10 +76,12 @@ def read_record(out: Path, number: int) -> tuple[Shard, list[str]] | None:
         return None
     try:
         values = json.loads(path.read_text())
-        shard = Shard(**values["shard"])
+        shard, unreadable = Shard.of(values["shard"]), list(map(str, values["unreadable"]))
+        if shard.number != number:
+            raise ValueError(f"is of shard {shard.number}")
         shard.check(out)
-        return shard, values["unreadable"]
-    except (UserError, ValueError, TypeError, KeyError) as error:
+        return shard, unreadable
+    except (OSError, ValueError, TypeError, KeyError) as error:
         log.warning("%s: %s; it is made again", path, error)
         return None
 
@@ -147,8 +155,8 @@ def encode_shards(
         pending: list[Future] = []
         for number in numbers:
             moments, read, errors = [encoder.none], [], []
-            for _ in batches[number]:
-                batch = next(arriving)
+            for wanted in batches[number]:
+                batch = next_of(arriving, _reading(folder, wanted), KEPT)
                 if batch.errors and options.on_error == "stop":
                     raise UserError(batch.errors[0])
                 if batch.indices:
@@ -174,8 +182,14 @@ def _loader(
         batch_sampler=work,
         num_workers=options.num_workers,
         collate_fn=_as_it_is,
+        timeout=options.timeout if options.num_workers else 0,
+        worker_init_fn=steady,
         pin_memory=processes.device.type == "cuda",
     )
+
+
+def _reading(folder: ImageFolder, indices: list[int]) -> str:
+    return f"{folder.paths[indices[0]]} ... {os.path.basename(folder.paths[indices[-1]])}"
 
 
 class _Encoder:
@@ -232,4 +246,5 @@ def _write_shard(
             values = {"shard": dataclasses.asdict(shard), "unreadable": errors}
             temporary.write_text(json.dumps(values))
     except OSError as error:
-        raise UserError(f"cached_path: cannot write to {out}: {error}") from error
+        reason = error.strerror or error
+        raise UserError(f"data.cached_path: cannot write to {out}: {reason}; {KEPT}") from error

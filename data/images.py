@@ -1,6 +1,7 @@
 """Folders of images, one folder per class, and the crop that makes them square."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from core.distributed import Processes
 from core.errors import UserError
+from core.logging import get_logger, progress
 
 SUFFIXES = (
     *(".apng", ".avif", ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
@@ -21,6 +24,11 @@ NO_CLASSES = "all"
 CROP_RULE = "adm-center"
 """Name of `center_crop` in a cache's manifest."""
 
+PATIENCE = 2.0
+"""Seconds of looking through folders before progress is shown."""
+
+log = get_logger("data.images")
+
 
 class ImageFolder:
     """The images under `root/<class>/`, at any depth, in a fixed order.
@@ -29,9 +37,14 @@ class ImageFolder:
     path. Hidden files and folders are passed over. A folder of images without class folders is one
     class named NO_CLASSES, for models without labels.
 
+    Links to folders are followed, but no folder is entered twice in a class, nor one that the class
+    lies in; a warning names the first that is passed over, and images beside the class folders,
+    which belong to no class.
+
     Args:
         root: the folder.
         suffixes: of the files that are taken.
+        processes: all that read it, of which one reports; None: this one does.
 
     Attributes:
         class_names: name of each label.
@@ -39,23 +52,28 @@ class ImageFolder:
         labels: (N,) int64, label of each image.
 
     Raises:
-        UserError: no such folder, nothing in it, or a class without an image.
+        UserError: no such folder, nothing in it, a folder that cannot be read, or a class without
+            an image.
     """
 
-    def __init__(self, root: str | Path, suffixes: tuple[str, ...] = SUFFIXES):
+    def __init__(
+        self,
+        root: str | Path,
+        suffixes: tuple[str, ...] = SUFFIXES,
+        processes: Processes | None = None,
+    ):
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"image folder: {root} is not a folder")
-        self.class_names = sorted(
-            entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != "."
-        )
+        scan = _Scan(root, suffixes)
+        self.class_names = scan.class_names()
         folders = [root / name for name in self.class_names]
         if not folders:
-            self.class_names, folders = [NO_CLASSES], [root]
+            self.class_names, folders, scan.loose = [NO_CLASSES], [root], []
         self.paths: list[str] = []
         counts = []
-        for folder in folders:
-            found = _files_below(folder, suffixes)
+        for folder in progress(folders, processes, "looking through", "class", delay=PATIENCE):
+            found = scan.files(folder)
             if not found and folder == root:
                 raise UserError(
                     f"image folder: {root} has no class folders; expected {root}/<class>/<images>"
@@ -67,21 +85,94 @@ class ImageFolder:
             self.paths += found
             counts.append(len(found))
         self.labels = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        if processes is None or processes.is_main:
+            scan.report()
 
     def __len__(self) -> int:
         return len(self.paths)
 
 
-def _files_below(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    found = []
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        found += [
-            os.path.join(parent, name)
-            for name in files
-            if name[0] != "." and os.path.splitext(name)[1].lower() in suffixes
-        ]
-    return sorted(found)
+class _Scan:
+    """Looks for images below `root`, and notes what it passes over."""
+
+    def __init__(self, root: Path, suffixes: Sequence[str]):
+        self.root, self.suffixes = root, suffixes
+        real = root.resolve()
+        self.above = {_identity(folder) for folder in (real, *real.parents)}
+        self.links: list[str] = []
+        self.loose: list[str] = []
+
+    def class_names(self) -> list[str]:
+        """Names of the class folders, sorted."""
+        names = []
+        for entry in sorted(_entries(self.root), key=lambda entry: entry.name):
+            if entry.name[0] == ".":
+                continue
+            if not _is_folder(entry):
+                self.loose += [entry.path] if self._is_image(entry.name) else []
+            elif _identity(entry) in self.above:
+                self.links.append(entry.path)
+            else:
+                names.append(entry.name)
+        return names
+
+    def files(self, folder: Path) -> list[str]:
+        """The images below a class folder, sorted."""
+        found, seen, waiting = [], {*self.above, _identity(folder)}, [str(folder)]
+        while waiting:
+            # Real folders before links to them, so that files have their own names.
+            entries = sorted(_entries(waiting.pop()), key=lambda e: (e.is_symlink(), e.name))
+            for entry in entries:
+                if entry.name[0] == ".":
+                    continue
+                if not _is_folder(entry):
+                    found += [entry.path] if self._is_image(entry.name) else []
+                elif _identity(entry) in seen:
+                    self.links.append(entry.path)
+                else:
+                    seen.add(_identity(entry))
+                    waiting.append(entry.path)
+        return sorted(found)
+
+    def report(self) -> None:
+        """Warn of what is passed over."""
+        links = sorted(set(self.links))
+        if links:
+            log.warning(
+                "image folder: %d link(s) lead to folders that are there already, first %s; "
+                "passed over",
+                *(len(links), links[0]),
+            )
+        if self.loose:
+            log.warning(
+                "image folder: %d image(s) lie beside the class folders, first %s; they belong to "
+                "no class and stay out",
+                *(len(self.loose), self.loose[0]),
+            )
+
+    def _is_image(self, name: str) -> bool:
+        return os.path.splitext(name)[1].lower() in self.suffixes
+
+
+def _identity(folder: Path | os.DirEntry) -> tuple[int, int]:
+    """What a folder is, by whatever names."""
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"image folder: cannot read {folder}: {error.strerror}") from error
 
 
 class ImageDataset(Dataset):

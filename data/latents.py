@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from core.errors import UserError
+from core.logging import progress
 from data.manifest import KINDS, VIEWS, read_manifest, shard_path, stored_dtype
 
 
@@ -103,9 +103,12 @@ class LatentCache:
         Raises:
             UserError: naming the first file that changed.
         """
-        for shard in tqdm(self.manifest.shards, desc="verifying", unit="shard"):
-            for kind in KINDS:
-                shard.check_contents(self.folder, kind)
+        total = sum(sum(shard.sizes.values()) for shard in self.manifest.shards)
+        with progress(None, None, "verifying", "B", total=total, unit_scale=True) as bar:
+            for shard in self.manifest.shards:
+                for kind in KINDS:
+                    shard.check_contents(self.folder, kind)
+                    bar.update(shard.sizes[kind])
 
     def moments(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         """Posterior moments (B, 2C, h, w), in the dtype of the cache, of `indices` in `views`.
@@ -178,7 +181,7 @@ class _OpenShard:
             place = places[new]
             if zlib.crc32(rows[new]) != self.checks[place]:
                 raise UserError(
-                    f"cached_path: {self.path} changed since it was written, at image "
+                    f"data.cached_path: {self.path} changed since it was written, at image "
                     f"{place // VIEWS} of it; make the cache again"
                 )
             self.checked[place] = True
@@ -204,7 +207,7 @@ def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
             raise ValueError(f"holds {header[2]} {header[0]}, not {dtype} {shape}")
         raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cached_path: cannot read {path}: {error}") from error
+        raise UserError(f"data.cached_path: cannot read {path}: {error}") from error
     return raw.numpy()[start:].view(dtype).reshape(shape)
 
 
@@ -229,7 +232,7 @@ class JoinedCaches:
             for name in self.SAME:
                 if getattr(first, name) != getattr(other, name):
                     raise UserError(
-                        f"cached_path: {first.path} and {other.path} cannot be joined, their "
+                        f"data.cached_path: {first.path} and {other.path} cannot be joined, their "
                         f"{name} differ: {getattr(first, name)} and {getattr(other, name)}"
                     )
         self.parts = list(parts)

@@ -8,6 +8,7 @@ from config.schema import Config
 from core.distributed import Processes
 from data.dataset import Batch, TrainingData
 from data.sampler import MicroBatches, Position, Shuffled, ShuffledShards
+from data.workers import steady
 
 
 def training_batches(
@@ -34,6 +35,7 @@ def training_batches(
         collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=steady,
         timeout=config.train.timeout if workers > 0 else 0,
         pin_memory=processes.device.type == "cuda",
     )

@@ -19,9 +19,11 @@ Shapes: C latent channels, h and w height and width of the latent.
 """
 
 import json
+import math
 import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,6 +87,27 @@ class Shard:
         hashes = {kind: file_hash(path) for kind, path in paths.items()}
         return cls(number, len(labels), sizes, hashes)
 
+    @classmethod
+    def of(cls, values: Any) -> "Shard":
+        """What stands in a manifest.
+
+        Raises:
+            ValueError: naming an entry that is not what it should be.
+            TypeError, KeyError: an entry is missing, or there is one too many.
+        """
+        shard = cls(**values)
+        for name, least in (("number", 0), ("count", 0)):
+            value = getattr(shard, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"a shard's {name} {value!r} is not a whole number")
+        for name, kind in (("sizes", int), ("sha256", str)):
+            entries = getattr(shard, name)
+            if not isinstance(entries, dict) or set(entries) != set(KINDS):
+                raise ValueError(f"shard {shard.number}: {name} does not name {', '.join(KINDS)}")
+            if any(type(value) is not kind for value in entries.values()):
+                raise ValueError(f"shard {shard.number}: {name} {entries} are not {kind.__name__}")
+        return shard
+
     def check(self, folder: Path) -> None:
         """Compare the files' sizes with this description.
 
@@ -97,11 +120,11 @@ class Shard:
                 size = path.stat().st_size
             except OSError as error:
                 raise UserError(
-                    f"cached_path: {path} is missing ({error.strerror}); make the cache again"
+                    f"data.cached_path: {path} is missing ({error.strerror}); make the cache again"
                 ) from error
             if size != expected:
                 raise UserError(
-                    f"cached_path: {path} has {size} bytes, the manifest says {expected}; "
+                    f"data.cached_path: {path} has {size} bytes, the manifest says {expected}; "
                     "make the cache again"
                 )
 
@@ -115,10 +138,11 @@ class Shard:
         try:
             same = file_hash(path) == self.sha256[kind]
         except OSError as error:
-            raise UserError(f"cached_path: cannot read {path}: {error}") from error
+            reason = error.strerror or error
+            raise UserError(f"data.cached_path: cannot read {path}: {reason}") from error
         if not same:
             raise UserError(
-                f"cached_path: {path} changed since it was written; make the cache again"
+                f"data.cached_path: {path} changed since it was written; make the cache again"
             )
 
 
@@ -176,24 +200,43 @@ def read_manifest(folder: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"cached_path: {folder} is not a finished cache ({MANIFEST} is missing); "
+            f"data.cached_path: {folder} is not a finished cache ({MANIFEST} is missing); "
             "make it with main_cache.py"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"cached_path: cannot read {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.cached_path: cannot read {path}: {reason}") from error
     version = values.get("version") if isinstance(values, dict) else None
     if version != VERSION:
         raise UserError(
-            f"cached_path: {path} has version {version!r}, this code reads {VERSION}; "
+            f"data.cached_path: {path} has version {version!r}, this code reads {VERSION}; "
             "make the cache again with main_cache.py"
         )
     try:
-        shards = [Shard(**shard) for shard in values.pop("shards")]
+        shards = [Shard.of(shard) for shard in values.pop("shards")]
         manifest = Manifest(**values, shards=shards)
         _check(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"cached_path: {path} is damaged: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"data.cached_path: {path} is damaged: {error}; make the cache again"
+        ) from error
     return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    kinds = {
+        **dict.fromkeys(("vae_path", "vae_hash", "crop", "dtype"), (str,)),
+        **dict.fromkeys(("image_size", "count"), (int,)),
+        **dict.fromkeys(("scaling_factor", "shift_factor"), (int, float)),
+    }
+    for name, allowed in kinds.items():
+        value = getattr(manifest, name)
+        if type(value) not in allowed:  # a bool is an int to isinstance
+            raise ValueError(f"{name} {value!r} is not {allowed[-1].__name__}")
+    for name, kind in (("latent_shape", int), ("class_names", str)):
+        values = getattr(manifest, name)
+        if not isinstance(values, list) or any(type(value) is not kind for value in values):
+            raise ValueError(f"{name} {values!r} is not a list of {kind.__name__}")
 
 
 def _check(manifest: Manifest) -> None:
@@ -202,18 +245,22 @@ def _check(manifest: Manifest) -> None:
     Raises:
         ValueError: naming the entry.
     """
+    _check_types(manifest)
     if manifest.dtype not in DTYPES:
         raise ValueError(f"dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}")
     if len(manifest.latent_shape) != 3 or min(manifest.latent_shape) < 1:
         raise ValueError(f"latent_shape {manifest.latent_shape} is not [C, h, w]")
-    if not manifest.scaling_factor > 0:
+    if not 0 < manifest.scaling_factor < math.inf:
         raise ValueError(f"scaling_factor {manifest.scaling_factor} is not above 0")
+    if not math.isfinite(manifest.shift_factor):
+        raise ValueError(f"shift_factor {manifest.shift_factor} is not finite")
+    numbers = [shard.number for shard in manifest.shards]
+    if len(set(numbers)) != len(numbers):
+        raise ValueError(f"numbers of shards {numbers} are not all different")
     total = sum(shard.count for shard in manifest.shards)
     if manifest.count != total:
         raise ValueError(f"count {manifest.count} is not that of the shards, {total}")
     for shard in manifest.shards:
-        if set(shard.sizes) != set(KINDS) or set(shard.sha256) != set(KINDS):
-            raise ValueError(f"shard {shard.number} does not name {', '.join(KINDS)}")
         least = manifest.bytes_of(shard.count)
         if not least < shard.sizes["moments"] <= least + 4096:
             raise ValueError(

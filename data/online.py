@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from core.distributed import Processes
 from core.errors import UserError
 from data.images import ImageFolder, load_image, to_float
 from data.vae import VAE, PixelSpace
@@ -17,6 +18,7 @@ class Images:
         path: image folder, `path/<class>/<images>`.
         image_size: side of the cropped images, in pixels.
         vae: encodes on its own device; copies that travel to other processes are without it.
+        processes: all that read it, of which one reports.
 
     Attributes:
         path, vae_path, vae_hash, scaling_factor, shift_factor, image_size, latent_shape,
@@ -26,13 +28,19 @@ class Images:
         UserError: no such folder, or a size that the VAE cannot encode.
     """
 
-    def __init__(self, path: str, image_size: int, vae: VAE | PixelSpace):
+    def __init__(
+        self,
+        path: str,
+        image_size: int,
+        vae: VAE | PixelSpace,
+        processes: Processes | None = None,
+    ):
         if image_size % vae.factor:
             raise UserError(
                 f"data.image_size: {image_size} is not a multiple of the VAE's {vae.factor}"
             )
         self.path, self.image_size, self.vae = path, image_size, vae
-        self.folder = ImageFolder(path)
+        self.folder = ImageFolder(path, processes=processes)
         self.class_names = self.folder.class_names
         self.vae_path, self.vae_hash = vae.path, vae.weights_hash()
         self.scaling_factor, self.shift_factor = vae.scaling_factor, vae.shift_factor

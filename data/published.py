@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.distributed import Processes
 from core.errors import UserError
 from data.images import ImageFolder
 from data.vae import VAE
@@ -36,6 +37,7 @@ class PublishedCache:
         path: `path/<class>/<name>.npz`.
         contents: what the arrays are, one of CONTENTS.
         vae: whose scale and shift they have, or will get.
+        processes: all that read it, of which one reports.
 
     Raises:
         UserError: no such folder, or files that do not hold what `contents` says.
@@ -44,9 +46,9 @@ class PublishedCache:
     vae_hash = None
     image_size = None
 
-    def __init__(self, path: str, contents: str, vae: VAE):
+    def __init__(self, path: str, contents: str, vae: VAE, processes: Processes | None = None):
         self.path, self.contents = path, contents
-        self.folder = ImageFolder(path, suffixes=(".npz",))
+        self.folder = ImageFolder(path, (".npz",), processes)
         self.class_names = self.folder.class_names
         self.vae_path = vae.path
         self.scaling_factor, self.shift_factor = vae.scaling_factor, vae.shift_factor
@@ -79,7 +81,7 @@ class PublishedCache:
             values = self._read(int(index), int(view))
             if values.shape != (held, height, width):
                 raise UserError(
-                    f"cached_path: {self.folder.paths[index]} holds {values.shape}, "
+                    f"data.cached_path: {self.folder.paths[index]} holds {values.shape}, "
                     f"{self.folder.paths[0]} {(held, height, width)}"
                 )
             row[:held] = torch.from_numpy(values.astype(np.float32, copy=False))
@@ -102,7 +104,7 @@ class PublishedCache:
             if values.ndim != 3 or values.dtype.kind != "f":
                 raise ValueError(f"{key} is {values.dtype} {values.shape}, not a (channels, h, w)")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"cached_path: cannot read {path}: {error}") from error
+            raise UserError(f"data.cached_path: cannot read {path}: {error}") from error
         if not np.isfinite(values).all():
-            raise UserError(f"cached_path: {path}: {key} is not finite")
+            raise UserError(f"data.cached_path: {path}: {key} is not finite")
         return values

@@ -90,6 +90,19 @@ class ShuffledShards:
         return torch.cat(parts)
 
 
+def check_enough(images: int, global_batch_size: int) -> None:
+    """Refuse a data set that is smaller than one global batch.
+
+    Raises:
+        UserError: it is.
+    """
+    if images < global_batch_size:
+        raise UserError(
+            f"train.global_batch_size: {global_batch_size} is more than the {images} "
+            f"training images; at most {images} is allowed"
+        )
+
+
 class MicroBatches(Sampler[list[tuple[int, int]]]):
     """Micro-batches of one process as lists of (epoch, index).
 
@@ -121,11 +134,7 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
         position: Position,
         steps: int,
     ):
-        if len(order) < global_batch_size:
-            raise UserError(
-                f"train.global_batch_size: {global_batch_size} is more than the {len(order)} "
-                f"training images; at most {len(order)} is allowed"
-            )
+        check_enough(len(order), global_batch_size)
         self.order = order
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from config.schema import Config, DataConfig, ModelConfig
+from core.command_line import as_flags
 from core.distributed import Processes
 from core.errors import UserError
 from data.dataset import EncodedDataset, ImageDataset, LatentDataset, TrainingData
 from data.latents import JoinedCaches, LatentCache, Moments
 from data.online import Images
 from data.published import PublishedCache
+from data.sampler import check_enough
 from data.vae import KNOWN_NAMES, VAE, open_vae
 
 
@@ -21,15 +23,18 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
     data = config.data
     options = (config.seed, data.horizontal_flip, config.model.num_classes > 0)
     if data.source == "images":
-        return _image_data(config, data.data_path, processes, data.horizontal_flip)
+        images = _image_data(config, data.data_path, processes, data.horizontal_flip)
+        check_enough(len(images), config.train.global_batch_size)
+        return images
     if data.source == "npz":
         with processes.main_first():
             vae = VAE(data.vae_path)
-        parts = [PublishedCache(path, data.npz_contents, vae) for path in _paths(data)]
+        parts = [PublishedCache(path, data.npz_contents, vae, processes) for path in _paths(data)]
     else:
         parts = [LatentCache(Path(path)) for path in _paths(data)]
     source = parts[0] if len(parts) == 1 else JoinedCaches(parts)
     check_fits(source, data, config.model)
+    check_enough(len(source), config.train.global_batch_size)
     check_vae(source, data, processes)
     return LatentDataset(source, *options)
 
@@ -39,7 +44,7 @@ def _image_data(config: Config, path: str, processes: Processes, flip: bool) -> 
     data = config.data
     with processes.main_first():
         vae = open_vae(data.vae_path, processes.device)
-    source = Images(path, data.image_size, vae)
+    source = Images(path, data.image_size, vae, processes)
     check_fits(source, data, config.model)
     kind = ImageDataset if data.vae_path is None else EncodedDataset
     return kind(source, config.seed, flip, config.model.num_classes > 0)
@@ -52,8 +57,10 @@ def validation_data(config: Config, processes: Processes) -> TrainingData:
         UserError: when they cannot be read, or do not fit the config.
     """
     if config.data.val_cached_path is None:
-        return _image_data(config, config.data.val_data_path, processes, flip=False)
-    cache = LatentCache(Path(config.data.val_cached_path))
+        with as_flags({"data.data_path": "data.val_data_path"}):
+            return _image_data(config, config.data.val_data_path, processes, flip=False)
+    with as_flags({"data.cached_path": "data.val_cached_path"}):
+        cache = LatentCache(Path(config.data.val_cached_path))
     check_fits(cache, config.data, config.model)
     check_vae(cache, config.data, processes)
     conditional = config.model.num_classes > 0

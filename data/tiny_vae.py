@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.command_line import Parser, positive
+from core.command_line import Parser, above_zero, not_negative, positive
 from core.distributed import Processes, processes
 from core.errors import UserError, command
-from core.files import complete_folder
 from core.logging import get_logger, progress
 from core.rng import derive_seed, generator
 from data.images import ImageDataset, ImageFolder
+from data.making import made_alone, refuse_taken
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -143,34 +143,43 @@ def make_tiny_vae(
         The validation error, or None where `out` was left as it is.
 
     Raises:
-        UserError: bad image folders, or `out` holds something else.
+        UserError: bad image folders; `out` holds something else, is being made, or cannot be
+            written.
     """
     log = get_logger("data.tiny_vae")
     folder = Path(out)
     if (folder / "config.json").is_file():
         log.info("%s holds a VAE already; left as it is (remove it to train again)", out)
         return None
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out: {out} exists and holds no VAE; choose another folder")
+    refuse_taken(folder, "holds no VAE")
     images, val_images = load_images(data), load_images(val)
-    model = build(options.seed).to(group.device)
-    start = time.perf_counter()
-    train(model.train(), images, options, group)
-    seconds = time.perf_counter() - start
-    model.eval()
-    sample = posterior_sample(model, images, options.seed)
-    # What a diffusion model sees has mean 0 and standard deviation 1.
-    model.register_to_config(
-        scaling_factor=1.0 / sample.std().item(), shift_factor=sample.mean().item()
-    )
-    error = reconstruction_mse(model, val_images)
-    with complete_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+    with made_alone(folder) as temporary:
+        model = build(options.seed).to(group.device)
+        start = time.perf_counter()
+        train(model.train(), images, options, group)
+        seconds = time.perf_counter() - start
+        model.eval()
+        sample = posterior_sample(model, images, options.seed)
+        # What a diffusion model sees has mean 0 and standard deviation 1.
+        model.register_to_config(
+            scaling_factor=1.0 / sample.std().item(), shift_factor=sample.mean().item()
+        )
+        error = reconstruction_mse(model, val_images)
+        _save(model, temporary, folder)
     log.info(
         "%s: %d training images, %d steps, %.0f s; validation MSE %.6f on %d images",
         *(out, len(images), options.steps, seconds, error, len(val_images)),
     )
     return error
+
+
+def _save(model: "AutoencoderKL", temporary: Path, folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(temporary)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise UserError(f"--out: cannot write to {folder}: {error}") from error
 
 
 @command
@@ -183,8 +192,10 @@ def main() -> None:
     parser.add_argument("--out", **required, help="folder to write")
     parser.add_argument("--steps", type=positive, default=800, help="optimizer steps")
     parser.add_argument("--batch-size", type=positive, default=32, help="images per step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
-    parser.add_argument("--kl-weight", type=float, default=1e-4, help="weight of the KL divergence")
+    parser.add_argument("--lr", type=above_zero, default=3e-3, help="highest learning rate")
+    parser.add_argument(
+        "--kl-weight", type=not_negative, default=1e-4, help="weight of the KL divergence"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of every draw")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     arguments = vars(parser.parse_args())

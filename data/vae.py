@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 KNOWN_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 """Short names of the two VAEs that DiT and its successors use."""
 
+HUB_PATIENCE = 10.0
+"""Seconds to wait for the hub's first answer."""
+
 
 class VAE:
     """A frozen VAE in float32, in evaluation mode.
@@ -139,19 +142,21 @@ def load_autoencoder(path: str) -> "AutoencoderKL":
         UserError: nothing is there, it is no AutoencoderKL, or its weights do not fit.
     """
     allowed = "allowed: a hub id such as stabilityai/sd-vae-ft-mse, or a folder by save_pretrained"
-    # A path that cannot be a hub id is not worth half a minute of retries on a lost network.
-    if not Path(path).is_dir() and (path[:1] in ("", "/", ".", "~") or path.count("/") != 1):
-        raise UserError(f"vae_path: {path!r} is not a folder; {allowed}")
+    local = Path(path).is_dir()
+    if not local and (path[:1] in ("", "/", ".", "~") or path.count("/") != 1):
+        raise UserError(f"data.vae_path: {path!r} is not a folder; {allowed}")
+    offline = not local and not _on_hub(path)
     from diffusers import AutoencoderKL
     from safetensors import SafetensorError
 
     try:
         with _quiet_hub():
-            name = AutoencoderKL.load_config(path).get("_class_name")
+            name = AutoencoderKL.load_config(path, local_files_only=offline).get("_class_name")
             if name != "AutoencoderKL":
-                raise UserError(f"vae_path: {path} holds {name}, not AutoencoderKL; {allowed}")
+                raise UserError(f"data.vae_path: {path} holds {name}, not AutoencoderKL; {allowed}")
             model, info = AutoencoderKL.from_pretrained(
                 path,
+                local_files_only=offline,
                 use_safetensors=True,
                 torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,
@@ -160,11 +165,47 @@ def load_autoencoder(path: str) -> "AutoencoderKL":
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        raise UserError(f"vae_path: cannot load a VAE from {path}: {error}; {allowed}") from error
+        raise UserError(
+            f"data.vae_path: cannot load a VAE from {path}: {error}; {allowed}"
+        ) from error
     if info["missing_keys"]:
         missing = info["missing_keys"]
-        raise UserError(f"vae_path: {path} lacks {len(missing)} weights, first {missing[0]}")
+        raise UserError(f"data.vae_path: {path} lacks {len(missing)} weights, first {missing[0]}")
     return model
+
+
+def _on_hub(path: str) -> bool:
+    """Whether the hub answers for an id; False where a copy of an earlier download has to do.
+
+    Asked once before the libraries are, which try for half a minute on a lost network and then say
+    that a file is missing.
+
+    Raises:
+        UserError: the hub does not have it, or does not answer, and there is no copy.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        with _quiet_hub():
+            get_hf_file_metadata(hf_hub_url(path, "config.json"), timeout=HUB_PATIENCE)
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"data.vae_path: {path} is neither a local folder nor a VAE on the hub that may be read"
+        ) from error
+    except HfHubHTTPError:  # it answers; the libraries try again, or say what is missing
+        return True
+    # Its HTTP library's errors of every kind, which have no base of their own.
+    except Exception as error:
+        if isinstance(try_to_load_from_cache(path, "config.json"), str):
+            return False
+        reason = " ".join(str(error).split()).rstrip(".")[:100]
+        raise UserError(
+            f"data.vae_path: {path} is not a local folder, and the hub cannot be reached "
+            f"({reason}); give a folder by save_pretrained, or download it where there is a "
+            f"network (hf download {path}) and copy the folder here"
+        ) from error
+    return True
 
 
 @contextmanager

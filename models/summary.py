@@ -54,6 +54,7 @@ class Summary:
         positions: numbers in the frozen table of positions, which the published totals include.
         num_experts: experts of a layer, 0 without.
         capacity: experts that compute a token in training, C.
+        inference_capacity: the same in top-k inference where it differs.
         fits_equation: experts are as wide as the dense layers and in every second block, as Eq. 40
             of the paper supposes.
     """
@@ -62,7 +63,14 @@ class Summary:
     positions: int
     num_experts: int
     capacity: float
+    inference_capacity: float | None
     fits_equation: bool
+
+    @property
+    def capacities(self) -> list[float]:
+        """Those that the model has, training first."""
+        other = self.inference_capacity
+        return [self.capacity, *([] if other in (None, self.capacity) else [other])]
 
     @property
     def trainable(self) -> int:
@@ -124,6 +132,7 @@ def summarize(config: ModelConfig) -> Summary:
         positions=model.positions.numel() if config.positions == "sincos" else 0,
         num_experts=layer.num_experts if routed else 0,
         capacity=layer.experts_per_token() if routed else 1.0,
+        inference_capacity=getattr(layer, "inference_capacity", None),
         fits_equation=not routed or (alike and 2 * len(config.moe_blocks()) == config.depth),
     )
 
@@ -137,19 +146,19 @@ def _report(summary: Summary) -> dict:
         "groups_of_table_9": summary.by_table,
         "routed_experts": summary.routed_experts,
     }
-    own = f"C={summary.capacity:g}"
-    activated = summary.activated(summary.capacity)
+    activated = {f"C={c:g}": summary.activated(c) for c in summary.capacities}
     if summary.fits_equation:
-        capacities = sorted({*CAPACITIES, summary.capacity})
+        capacities = sorted({*CAPACITIES, *summary.capacities})
         for key, count in (
             ("activated", summary.activated),
             ("activated_eq_40", summary.activated_by_equation),
         ):
             report[key] = {f"C={c:g}": round(count(c)) for c in capacities}
     else:
-        report["activated"] = {own: round(activated)}
+        report["activated"] = {own: round(count) for own, count in activated.items()}
     # The tables of DSMoE and JiTMoE print their own models in these units.
-    return report | {"activated_in_2^20": {own: round(activated / 2**20, 2)}}
+    in_binary = {own: round(count / 2**20, 2) for own, count in activated.items()}
+    return report | {"activated_in_2^20": in_binary}
 
 
 def _text(report: dict) -> str:

@@ -14,8 +14,9 @@ import yaml
 
 from config.load import to_plain
 from config.schema import FEED_FORWARDS, ModelConfig
-from core.command_line import Parser
-from core.errors import UserError, command, unknown_name
+from config.yaml_files import read_yaml
+from core.command_line import Parser, new_file
+from core.errors import ConfigError, UserError, command, unknown_name
 from core.files import complete_file
 from core.logging import get_logger
 from published.configs import official_config
@@ -130,13 +131,14 @@ def main() -> None:
     """Parse the command line, print or write the new file, report what it leaves out."""
     parser = Parser("published.convert_config", __doc__)
     parser.add_argument("old", type=Path, help="YAML file of the official code")
-    parser.add_argument("--out", type=Path, help="file to write; by default it is printed")
+    parser.add_argument("--out", type=new_file, help="file to write; by default it is printed")
     flags = parser.parse_args()
     try:
-        old = yaml.safe_load(flags.old.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{flags.old}: not a readable YAML file: {error}") from None
-    new, reports = convert(old)
+        new, reports = convert(read_yaml(flags.old))
+    except ConfigError:
+        raise
+    except UserError as error:
+        raise UserError(f"{flags.old}: {error}") from error
     text = yaml.safe_dump(new, sort_keys=False)
     if flags.out is None:
         sys.stdout.write(text)

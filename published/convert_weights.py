@@ -177,10 +177,12 @@ def main() -> None:
     parser.add_argument("--config", help="with --official: config of the published model")
     parser.add_argument("--out", type=Path, required=True, help="folder, or .pt file")
     flags, keys = parser.parse_known_args()
+    if flags.out.exists() and (flags.out.is_file() or any(flags.out.iterdir())):
+        raise UserError(f"--out: {flags.out} exists; remove it or choose another name")
     if flags.official is None and flags.config is not None:
         raise UserError("--config: goes with --official only")
-    if keys and flags.config is None:
-        parser.error(f"unrecognized arguments: {' '.join(keys)}")
+    if flags.config is None:
+        parser.refuse(keys)
     if flags.to_official is not None:
         export_official(flags.to_official, flags.out)
     elif flags.gather is not None:

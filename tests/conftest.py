@@ -110,7 +110,7 @@ model:
     num_classes: 3, feed_forward: {{num_experts: 4}}}}
 train:
   {{max_steps: 4, global_batch_size: 8, micro_batch_size: 4, log_every: 2, ckpt_every: 2,
-    sample_every: 0, num_grid_samples: 3}}
+    sample_every: 0}}
 sampling: {{num_steps: 3, cfg_scale: 1.5}}
 """
     )
@@ -122,6 +122,7 @@ def trained(tiny_config, tmp_path_factory) -> Path:
     """A finished run of DiffMoE with flow, and what it wrote."""
     run_dir = tmp_path_factory.mktemp("runs") / "diffmoe"
     argv = ["--config", tiny_config, "--run_dir", run_dir, "--train.sample_every", "2"]
+    argv += ["--train.num_grid_samples", "3"]
     train(parse_config([str(a) for a in argv], "train.py"), SINGLE)
     return run_dir
 

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from config.objective import ADAPTIVE
+
 Field = Callable[[Tensor, Tensor], Tensor]
 """(x (B, ...), t scalar tensor) -> dx/dt (B, ...)."""
-
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
-"""Methods that choose their own steps within a tolerance."""
 
 HEUN_THEN_EULER = "heun_euler"
 """Heun, but the last step by Euler (EDM, Karras et al. 2022, Algorithm 1; JiT)."""

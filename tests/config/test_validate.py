@@ -3,7 +3,7 @@
 import pytest
 
 from config.load import parse_config
-from config.validate import accumulation_steps
+from config.validate import accumulation_steps, check_memory
 from core.errors import ConfigError
 
 DEEPSEEK = ["--model.feed_forward.name", "deepseek"]
@@ -178,9 +178,22 @@ def test_as_many_experts_as_tokens_are_allowed():
     assert layer.num_experts == 16384
 
 
+def test_what_no_machine_holds_is_refused_before_it_is_built(monkeypatch):
+    with pytest.raises(ConfigError, match=r"hidden_size: 10000000 .* than 7\.2e\+15 param"):
+        parse("--model.hidden_size", "10000000", "--model.num_heads", "8")
+    with pytest.raises(ConfigError, match=r"model\.depth 1000000000 makes more than"):
+        parse("--model.depth", "1000000000")
+    config = parse("--model.hidden_size", "768")
+    check_memory(config, 1)
+    monkeypatch.setattr("os.sysconf", lambda name: 2**14)  # 256 MiB
+    with pytest.raises(ConfigError, match=r"takes more than 2 GiB for the weights .* has 0 GiB"):
+        check_memory(config, 1)
+
+
 @pytest.mark.parametrize("interval", ["[0, 1.5]", "[0.5, 1.5]", "[998, 1000]"])
 def test_intervals_of_guidance_that_hold_a_step(interval):
-    parse("--objective.name", "ddpm", "--sampling.cfg_interval", interval)
+    guided = ["--objective.name", "ddpm", "--sampling.cfg_scale", "2"]
+    parse(*guided, "--sampling.cfg_interval", interval)
 
 
 def test_the_learning_rate_follows_the_batch_where_it_is_given_for_256_images():

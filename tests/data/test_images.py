@@ -141,6 +141,45 @@ def test_folder_is_sorted_recursive_and_ignores_other_files(tmp_path):
     assert folder.labels.dtype == np.int64
 
 
+def test_no_folder_is_entered_twice_in_a_class(tmp_path, caplog):
+    for place in ("a/1.png", "a/deep/2.png", "b/3.png"):
+        path = tmp_path / "root" / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    root = tmp_path / "root"
+    (root / "a" / "deep" / "up").symlink_to(root / "a")  # around and around
+    (root / "a" / "deep" / "top").symlink_to(tmp_path)
+    (root / "a" / "again").symlink_to(root / "a" / "deep")
+    (root / "a" / "itself").symlink_to(root / "a" / "itself")
+    (root / "everything").symlink_to(root)
+    (root / "c").symlink_to(root / "b")  # another class of the same images
+    folder = ImageFolder(root)
+    assert folder.class_names == ["a", "b", "c"]
+    names = [path.removeprefix(f"{root}/") for path in folder.paths]
+    assert len(names) == 4
+    assert names[0] == "a/1.png"
+    assert names[1] in ("a/again/2.png", "a/deep/2.png")
+    assert names[2:] == ["b/3.png", "c/3.png"]
+    (warning,) = caplog.records
+    assert "4 link(s) lead to folders that are there already, first" in warning.getMessage()
+
+
+def test_images_beside_the_class_folders_are_named(tmp_path, caplog):
+    for place in ("a/1.png", "x.png", "w.jpg", "notes.txt"):
+        path = tmp_path / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    folder = ImageFolder(tmp_path)
+    assert (folder.class_names, len(folder)) == (["a"], 1)
+    (warning,) = caplog.records
+    assert f"2 image(s) lie beside the class folders, first {tmp_path}/w.jpg" in warning.message
+    caplog.clear()
+    (tmp_path / "a" / "1.png").unlink()
+    (tmp_path / "a").rmdir()
+    assert ImageFolder(tmp_path).class_names == ["all"]
+    assert not caplog.records
+
+
 def test_folder_errors_name_the_place(tmp_path):
     with pytest.raises(UserError, match="nowhere is not a folder"):
         ImageFolder(tmp_path / "nowhere")

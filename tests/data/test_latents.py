@@ -17,7 +17,7 @@ from core.errors import UserError
 from data.dataset import LatentDataset
 from data.images import ImageFolder, load_image, to_float
 from data.latents import JoinedCaches, LatentCache
-from data.manifest import MANIFEST, VIEWS, Manifest, Shard
+from data.manifest import KINDS, MANIFEST, VIEWS, Manifest, Shard
 from data.sources import check_fits
 from data.vae import VAE
 
@@ -128,14 +128,48 @@ def test_damaged_header_is_named(copied_cache):
         ({"latent_shape": [3, 8]}, r"latent_shape \[3, 8\] is not"),
         ({"latent_shape": [3, 8, 9]}, "bytes of moments"),
         ({"scaling_factor": 0}, "scaling_factor 0 is not above 0"),
-        ({"scaling_factor": "x"}, "is damaged"),
-        ({"class_names": None, "unknown": 3}, "unknown"),
+        ({"scaling_factor": "x"}, "is damaged: scaling_factor 'x' is not float"),
+        ({"scaling_factor": True}, "scaling_factor True is not float"),
+        ({"scaling_factor": float("inf")}, "scaling_factor inf is not above 0"),
+        ({"shift_factor": float("nan")}, "shift_factor nan is not finite"),
+        ({"count": "23"}, "count '23' is not int"),
+        ({"image_size": None}, "image_size None is not int"),
+        ({"vae_hash": 3}, "vae_hash 3 is not str"),
+        ({"latent_shape": "3x8x8"}, "latent_shape '3x8x8' is not a list of int"),
+        ({"latent_shape": ["3", 8, 8]}, "latent_shape .* is not a list of int"),
+        ({"class_names": None}, "class_names None is not a list of str"),
+        ({"class_names": [0, 1, 2]}, "class_names .* is not a list of str"),
+        ({"shards": {}}, "count 23 is not that of the shards, 0"),
+        ({"shards": [1]}, "is damaged"),
+        ({"unknown": 3}, "unknown"),
     ],
 )
 def test_wrong_manifest_is_refused(copied_cache, changes, wanted):
     path = copied_cache / MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(UserError, match=wanted):
+        LatentCache(copied_cache)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "wanted"),
+    [
+        ("number", "0", "a shard's number '0' is not a whole number"),
+        ("count", 10.0, "a shard's count 10.0 is not a whole number"),
+        ("count", -1, "a shard's count -1"),
+        ("number", 1, r"numbers of shards \[1, 1, 2\] are not all different"),
+        ("sizes", [1, 2], "shard 0: sizes does not name moments, checks"),
+        ("sizes", {"moments": 3}, "shard 0: sizes does not name moments, checks"),
+        ("sizes", dict.fromkeys(KINDS, "3"), "shard 0: sizes .* are not int"),
+        ("sha256", dict.fromkeys(KINDS, None), "shard 0: sha256 .* are not str"),
+    ],
+)
+def test_wrong_shard_is_refused(copied_cache, entry, value, wanted):
+    path = copied_cache / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0][entry] = value
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"is damaged: {wanted}.*; make the cache again"):
         LatentCache(copied_cache)
 
 

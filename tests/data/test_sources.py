@@ -8,12 +8,13 @@ import torch
 
 from config.load import parse_config
 from core.distributed import Processes
-from core.errors import UserError
+from core.errors import ConfigError, UserError
 from data.convert_cache import convert_cache
 from data.dataset import EncodedDataset, LatentDataset
 from data.images import ImageFolder
 from data.latents import JoinedCaches, LatentCache
 from data.loader import training_batches
+from data.making import made_alone
 from data.published import PublishedCache
 from data.sampler import Position
 from data.sources import training_data, validation_data
@@ -103,6 +104,13 @@ def test_published_files_convert(exact, image_root, vae, tmp_path):
     JoinedCaches([cache, exact])
 
 
+def test_published_files_are_converted_by_one_process_at_a_time(exact, image_root, vae, tmp_path):
+    root = as_published(exact, image_root, tmp_path / "npz", PUBLISHED["posterior"])
+    source, out = PublishedCache(root, "posterior", vae), tmp_path / "cache"
+    with made_alone(out), pytest.raises(ConfigError, match=r"--out: .* is in use by process"):
+        convert_cache(source, out, 16, "x")
+
+
 def test_damaged_and_wrong_published_files_are_named(exact, image_root, vae, tmp_path):
     root = as_published(exact, image_root, tmp_path / "npz", PUBLISHED["posterior"])
     with pytest.raises(UserError, match=r"npz_contents: scaled_latent has 3 channels .* has 6"):
@@ -143,13 +151,14 @@ def flags(cached_path, vae_folder, **changes):
         "train.micro_batch_size": 4,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return parse_config([f"--{key}={value}" for key, value in values.items()], "train.py")
+    given = {key: value for key, value in values.items() if value is not None}
+    return parse_config([f"--{key}={value}" for key, value in given.items()], "train.py")
 
 
 def test_online_encoding_equals_the_cache(exact, image_root, vae_folder):
     stored = training_data(flags(exact.path, vae_folder), ALONE)
     online = training_data(
-        flags("unused", vae_folder, data__source="images", data__data_path=image_root), ALONE
+        flags(None, vae_folder, data__source="images", data__data_path=image_root), ALONE
     )
     assert isinstance(online, EncodedDataset)
     indices = list(range(23))
@@ -169,7 +178,8 @@ def test_batches_of_both_sources_are_the_same(exact, image_root, vae_folder, num
     images = {"data__source": "images", "data__data_path": image_root}
     batches = []
     for changes in ({}, images):
-        config = flags(exact.path, vae_folder, data__num_workers=num_workers, **changes)
+        path = None if changes else exact.path
+        config = flags(path, vae_folder, data__num_workers=num_workers, **changes)
         data = training_data(config, ALONE)
         batches.append(list(training_batches(data, config, ALONE, Position(0, 8), 3)))
     assert len(batches[0]) == len(batches[1]) == 3 * 2
@@ -207,9 +217,10 @@ def test_latents_of_another_vae_are_refused(cache_folder, vae_folder, tmp_path):
         model.encoder.conv_in.bias += 1e-3
     model.save_pretrained(other)
     refusal = rf"vae_path: {other} is configured, .* {cache_folder} were made by {vae_folder} with"
+    held_out = {"data__val_cached_path": cache_folder, "train__val_every": 2}
     for read in (training_data, validation_data):
         with pytest.raises(UserError, match=refusal):
-            read(flags(cache_folder, other, data__val_cached_path=cache_folder), ALONE)
+            read(flags(cache_folder, other, **held_out), ALONE)
     with pytest.raises(UserError, match=rf"nowhere.* not a folder; .* made by {vae_folder}"):
         training_data(flags(cache_folder, tmp_path / "nowhere"), ALONE)
 
@@ -230,4 +241,4 @@ def test_data_that_does_not_fit_names_both_sides(cache_folder, vae_folder, chang
 def test_image_size_must_fit_the_vae(image_root, vae_folder):
     online = {"data__source": "images", "data__data_path": image_root, "data__image_size": 15}
     with pytest.raises(UserError, match="image_size: 15 is not a multiple of the VAE's 2"):
-        training_data(flags("x", vae_folder, **online), ALONE)
+        training_data(flags(None, vae_folder, **online), ALONE)

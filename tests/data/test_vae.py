@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,15 +58,60 @@ def test_missing_folder(path):
         load_autoencoder(path)
 
 
-def test_no_network(monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that raises what it is given, and a list of what was asked of the libraries then."""
+    import huggingface_hub
     from diffusers import AutoencoderKL
 
-    def fail(*_, **__):
-        raise OSError("We couldn't connect to the hub\nin two lines")
+    asked = []
 
-    monkeypatch.setattr(AutoencoderKL, "load_config", fail)
-    with pytest.raises(UserError, match=r"stabilityai/sd-vae-ft-mse.*couldn't connect"):
+    def answer(error):
+        def fail(*_, **__):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+        return asked
+
+    def load_config(path, **options):
+        asked.append(options)
+        return {"_class_name": "UNet2DModel"}
+
+    monkeypatch.setattr(AutoencoderKL, "load_config", load_config)
+    return answer
+
+
+def test_no_network_is_said_at_once(hub):
+    asked = hub(ConnectionError("Name or service\nnot known"))
+    with pytest.raises(UserError) as caught:
         VAE("mse")
+    assert str(caught.value) == (
+        "data.vae_path: stabilityai/sd-vae-ft-mse is not a local folder, and the hub cannot be "
+        "reached (Name or service not known); give a folder by save_pretrained, or download it "
+        "where there is a network (hf download stabilityai/sd-vae-ft-mse) and copy the folder here"
+    )
+    assert asked == []
+
+
+def test_without_a_network_an_earlier_download_serves(hub, monkeypatch):
+    asked = hub(ConnectionError())
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/a/copy")
+    with pytest.raises(UserError, match="holds UNet2DModel"):
+        VAE("mse")
+    assert asked == [{"local_files_only": True}]
+
+
+def test_a_hub_that_answers_with_an_error_is_left_to_the_libraries(hub):
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+
+    response = SimpleNamespace(headers={}, request=None)
+    asked = hub(HfHubHTTPError("busy", response=response))
+    with pytest.raises(UserError, match="holds UNet2DModel"):
+        VAE("mse")
+    assert asked == [{"local_files_only": False}]
+    hub(RepositoryNotFoundError("none", response=response))
+    with pytest.raises(UserError, match="neither a local folder nor a VAE on the hub"):
+        VAE("nobody/nothing")
 
 
 def test_folder_that_is_no_vae(vae_folder, tmp_path):

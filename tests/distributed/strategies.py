@@ -39,6 +39,7 @@ def flags(out: Path, cache: str, val_cache: str, vae: str, **changes: object) ->
         "train.log_every": 1,
         "train.ckpt_every": 2,
         "train.sample_every": 0,
+        "train.val_every": 100 * STEPS,
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
     return [f"--{key}={value}" for key, value in values.items()]

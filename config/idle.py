@@ -1,0 +1,237 @@
+"""Keys that do nothing where another key stands against them.
+
+Whoever sets one expects something of it, so it is refused instead of passed over: as a flag in any
+case, and in a file where the file itself leaves it without effect.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any
+
+from config.model import DenseConfig
+from config.objective import ADAPTIVE, SDE_METHODS
+from config.schema import Config
+
+TOLERANT = (*ADAPTIVE, "implicit_adams", "fixed_adams")
+"""Samplers that look at a tolerance."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What keys need to have an effect.
+
+    Attributes:
+        section: of the keys.
+        keys: several, separated by spaces.
+        met: whether a config has it.
+        words: the same for the user.
+    """
+
+    section: str
+    keys: str
+    met: Callable[[Config], bool]
+    words: str
+
+    def paths(self) -> list[str]:
+        """The keys with their section."""
+        return [f"{self.section}.{key}" if self.section else key for key in self.keys.split()]
+
+
+def _layer(key: str) -> Callable[[Config], Any]:
+    return lambda config: getattr(config.model.feed_forward, key, None)
+
+
+def _objective(key: str, value: object) -> Callable[[Config], bool]:
+    return lambda config: getattr(config.objective, key, None) == value
+
+
+def _blows_up(config: Config) -> bool:
+    """Whether the formulas of the flow do, at an end of its path."""
+    flow = config.objective
+    return getattr(flow, "path", None) == "vp" or flow.prediction not in ("velocity", "x")
+
+
+BLOWS_UP = "objective.path vp, or objective.prediction noise or score"
+
+NEEDS = (
+    Need("", "init_fresh", lambda c: c.init_from is not None, "init_from"),
+    Need("data", "cached_path", lambda c: c.data.source != "images", "data.source latents or npz"),
+    Need("data", "npz_contents", lambda c: c.data.source == "npz", "data.source npz"),
+    Need("data", "data_path", lambda c: c.data.source == "images", "data.source images"),
+    Need("data", "shuffle_window", lambda c: c.data.order == "shards", "data.order shards"),
+    Need("data", "val_cached_path", lambda c: c.train.val_every > 0, "train.val_every above 0"),
+    Need(
+        "data",
+        "val_data_path",
+        lambda c: (
+            c.train.val_every > 0 and c.data.source == "images" and c.data.val_cached_path is None
+        ),
+        "train.val_every above 0, data.source images, and no data.val_cached_path",
+    ),
+    Need("train", "num_val_samples", lambda c: c.train.val_every > 0, "train.val_every above 0"),
+    Need(
+        "train",
+        "num_grid_samples",
+        lambda c: c.train.sample_every > 0,
+        "train.sample_every above 0",
+    ),
+    Need("train", "keep_every", lambda c: c.train.keep_last > 0, "train.keep_last above 0"),
+    Need(
+        "parallel", "shard_size", lambda c: c.parallel.strategy == "fsdp", "parallel.strategy fsdp"
+    ),
+    Need(
+        "evaluation",
+        "reference num_samples batch_size features",
+        lambda c: c.evaluation.every > 0,
+        "evaluation.every above 0",
+    ),
+    Need(
+        "evaluation",
+        "inception_weights inception_sha256",
+        lambda c: c.evaluation.every > 0 and c.evaluation.features == "inception",
+        "evaluation.every above 0 and evaluation.features inception",
+    ),
+    Need(
+        "evaluation",
+        "classifier",
+        lambda c: c.evaluation.every > 0 and c.evaluation.features == "digits",
+        "evaluation.every above 0 and evaluation.features digits",
+    ),
+    Need(
+        "model",
+        "moe_every leading_dense expert_backend",
+        lambda c: not isinstance(c.model.feed_forward, DenseConfig),
+        "a model.feed_forward.name other than dense",
+    ),
+    Need("model", "context_start", lambda c: c.model.context_tokens > 0, "model.context_tokens"),
+    Need("model", "label_dropout", lambda c: c.model.num_classes > 0, "model.num_classes above 0"),
+    Need(
+        "model",
+        "mlp_ratio",
+        lambda c: c.model.intermediate_size is None,
+        "model.intermediate_size null",
+    ),
+    Need(
+        "model.feed_forward",
+        "capacity_loss_weight threshold_decay",
+        _layer("capacity_predictor"),
+        "model.feed_forward.capacity_predictor true",
+    ),
+    Need(
+        "model.feed_forward",
+        "fixed_threshold",
+        lambda c: _layer("inference")(c) == "fixed",
+        "model.feed_forward.inference fixed",
+    ),
+    Need(
+        "model.feed_forward",
+        "zero_masked_groups",
+        lambda c: c.model.feed_forward.top_k_groups < c.model.feed_forward.num_groups,
+        "model.feed_forward.top_k_groups below num_groups",
+    ),
+    Need(
+        "objective",
+        "time_mean time_std",
+        _objective("time_distribution", "logit_normal"),
+        "objective.time_distribution logit_normal",
+    ),
+    Need("objective", "train_eps", _blows_up, BLOWS_UP),
+    Need(
+        "objective",
+        "sample_eps",
+        lambda c: _blows_up(c) or c.sampling.sampler in SDE_METHODS,
+        f"{BLOWS_UP}, or a sampler of the SDE",
+    ),
+    Need("objective", "t_eps", _objective("prediction", "x"), "objective.prediction x"),
+    Need(
+        "objective",
+        "variance_type",
+        lambda c: not c.model.learn_sigma,
+        "model.learn_sigma false",
+    ),
+    Need(
+        "sampling",
+        "cfg_interval cfg_channels cfg_pooling",
+        lambda c: c.sampling.cfg_scale != 1,
+        "a sampling.cfg_scale other than 1",
+    ),
+    Need(
+        "sampling",
+        "num_steps",
+        lambda c: c.sampling.sampler not in ADAPTIVE,
+        "a sampler with fixed steps",
+    ),
+    Need(
+        "sampling",
+        "atol rtol",
+        lambda c: c.sampling.sampler in TOLERANT,
+        "a sampler that chooses its steps, such as dopri5",
+    ),
+    Need(
+        "sampling",
+        "overshoot",
+        lambda c: c.sampling.sampler in ADAPTIVE,
+        "a sampler that chooses its steps, such as dopri5",
+    ),
+    Need("sampling", "ddim_eta", lambda c: c.sampling.sampler == "ddim", "sampling.sampler ddim"),
+    Need("sampling", "clip_denoised", lambda c: c.objective.name == "ddpm", "objective.name ddpm"),
+    Need(
+        "sampling",
+        "diffusion_form diffusion_norm last_step",
+        lambda c: c.sampling.sampler in SDE_METHODS,
+        f"a sampler of the SDE: {' or '.join(SDE_METHODS)}",
+    ),
+    Need(
+        "sampling",
+        "last_step_size",
+        lambda c: c.sampling.sampler in SDE_METHODS and c.sampling.last_step != "none",
+        "a sampler of the SDE and a sampling.last_step",
+    ),
+)
+
+
+def idle(config: Config, paths: Iterable[str]) -> dict[str, str]:
+    """Those of `paths` that have no effect in `config`, and what they need.
+
+    Args:
+        config: with every default filled in.
+        paths: of keys; a null says that there is nothing, and so is never idle.
+    """
+    found = {}
+    for need in NEEDS:
+        for path in set(need.paths()).intersection(paths):
+            if value_at(config, path) is not None and not need.met(config):
+                found[path] = need.words
+    return {path: found[path] for path in paths if path in found}
+
+
+def value_at(config: Any, path: str) -> Any:
+    """The value of a key; None where its section has no such key."""
+    for key in path.split("."):
+        config = getattr(config, key, None)
+    return config
+
+
+def changed(config: Config, values: dict) -> list[str]:
+    """Paths of those of a file's `values` that differ from the defaults of their sections."""
+    return [path for path in leaves(values) if value_at(config, path) != _default(config, path)]
+
+
+def leaves(values: dict, at: str = "") -> list[str]:
+    """Paths of all keys in nested values."""
+    found = []
+    for key, value in values.items():
+        path = f"{at}.{key}" if at else str(key)
+        found += leaves(value, path) if isinstance(value, dict) else [path]
+    return found
+
+
+def _default(config: Config, path: str) -> Any:
+    section, _, key = path.rpartition(".")
+    holder = value_at(config, section) if section else config
+    if not is_dataclass(holder):
+        return None
+    field = next((field for field in fields(holder) if field.name == key), None)
+    if field is None:
+        return None
+    return field.default_factory() if field.default is MISSING else field.default
