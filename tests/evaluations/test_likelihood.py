@@ -82,7 +82,14 @@ def test_every_key_of_ddpm_reaches_the_objective(tiny_config):
         "variance_type": "fixed_small",
         "loss": "rescaled_mse",
     }
-    argv = ["--config", str(tiny_config), "--objective.name", "ddpm"]
+    argv = [
+        "--config",
+        str(tiny_config),
+        "--objective.name",
+        "ddpm",
+        "--model.learn_sigma",
+        "false",
+    ]
     argv += [word for key, value in keys.items() for word in (f"--objective.{key}", value)]
     objective = DDPM(parse_config(argv, "t").objective)
     assert objective.diffusion.num_timesteps == 10
