@@ -120,7 +120,7 @@ OBJECTIVES = {"flow": FlowConfig, "ddpm": DDPMConfig}
 ODE_METHODS = (
     *("euler", "heun", "heun_euler", "dopri5", "midpoint", "rk4", "heun2", "heun3"),
     *("bosh3", "dopri8", "fehlberg2", "adaptive_heun", "explicit_adams", "implicit_adams"),
-    *("fixed_adams", "scipy_solver"),
+    "fixed_adams",
 )
 SDE_METHODS = ("euler_maruyama", "stochastic_heun")
 

@@ -1,93 +1,92 @@
-"""torchrun -m evaluations.sweep --ckpt RUN --metrics REF.npz --grid cfg_scale=1,1.5 ... [FLAGS]
+"""torchrun -m evaluations.sweep --ckpt RUN --grid cfg_scale=1,1.5 ... [--metrics REF.npz] [FLAGS]
 
 Sample and score one set for each combination of flags of sample_ddp.py, such as guidance, batch
-size and sampler (Tables 13 to 15), and print them as a table. Finished sets are not made again.
+size, sampler and checkpoint (Tables 13 to 15), and print them as a table. Finished sets are not
+made again.
 """
 
+import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 
-from core.command_line import Parser
 from core.distributed import NO_HURRY, Processes, processes
-from core.errors import UserError, command
-from core.files import complete_file
+from core.errors import ConfigError, command
 from evaluations.compare import markdown, read_rows
-from evaluations.sampled import parse_flags, sample_and_score
+from evaluations.sampled import checked, flags_parser, sample_and_score
+from sampling.needs import NotingParser, refuse_typed
 
 Combination = dict[str, str]
 
-OTHERS = "All other flags are those of sample_ddp.py: see its --help."
-
 
 def run_sets(
-    argv: list[str], combinations: list[Combination], group: Processes, record: Path
+    parser: NotingParser, argv: list[str], combinations: list[Combination], group: Processes
 ) -> list[Path]:
     """Sets of the flags `argv` with each combination of further ones.
 
     Args:
-        argv: flags of sample_ddp.py.
+        parser: of `argv`.
+        argv: command line.
         combinations: values of further flags by name.
         group: all processes, which call this together.
-        record: JSON that remembers what is finished.
 
     Returns:
-        The JSON of each set, in order.
+        The record of each set, in order.
+
+    Raises:
+        UserError: one of them cannot be made; all are looked at before the first is begun.
     """
-    paths = []
-    for combination in combinations:
-        words = [w for k, v in combination.items() for w in (f"--{k.replace('_', '-')}", v)]
-        flags = parse_flags([*argv, *words])
-        key = json.dumps([argv, combination])
-        known = _finished(record) if group.is_main else {}
-        path = group.from_main(known.get(key))
-        if path is None or not Path(path).exists():
-            path = group.from_main(str(sample_and_score(flags, group)))
-            if group.is_main:
-                with complete_file(record) as temporary:
-                    temporary.write_text(json.dumps(known | {key: path}, indent=2))
-        paths.append(Path(path))
-    return paths
+    chosen = [with_flags(parser, argv, combination) for combination in combinations]
+    for flags in chosen:
+        checked(flags, group)
+    return [sample_and_score(flags, group) for flags in chosen]
 
 
-def _finished(record: Path) -> dict[str, str]:
-    try:
-        return json.loads(record.read_text())
-    except (OSError, ValueError):
-        return {}
+def with_flags(
+    parser: NotingParser, argv: list[str], combination: Combination
+) -> argparse.Namespace:
+    """The flags of a command line and further ones, which must not be there before.
+
+    Raises:
+        ConfigError: a flag that the program varies was typed.
+    """
+    names = [name.replace("-", "_") for name in combination]
+    refuse_typed(parser.parse_args(argv), names, "does nothing here; its values are varied")
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in combination.items()]
+    return parser.parse_args([*argv, *words])
 
 
 def grid_of(words: list[str]) -> list[Combination]:
     """All combinations of `key=value,value` words.
 
     Raises:
-        UserError: for a word of another form.
+        ConfigError: for a word of another form.
     """
     axes = []
     for word in words:
         key, equals, values = word.partition("=")
         if not (key and equals and values):
-            raise UserError(f"--grid: {word!r} is not KEY=VALUE,VALUE")
+            raise ConfigError(f"--grid: {word!r} is not KEY=VALUE,VALUE")
         axes.append([(key, value) for value in values.split(",")])
     return [dict(choice) for choice in itertools.product(*axes)]
+
+
+def _parser() -> NotingParser:
+    parser = flags_parser("evaluations.sweep", __doc__)
+    parser.add_argument(
+        "--grid", nargs="+", metavar="FLAG=VALUE,VALUE", help="flags, and their values in turn"
+    )
+    parser.require("ckpt", "grid")
+    return parser
 
 
 @command
 def main() -> None:
     """Parse the command line, run the grid and print the table."""
-    parser = Parser(
-        "evaluations.sweep",
-        __doc__,
-        epilog=OTHERS,
-    )
-    parser.add_argument(
-        "--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE", help="what is varied"
-    )
-    own, argv = parser.parse_known_args()
-    flags = parse_flags(argv)
+    parser, argv = _parser(), sys.argv[1:]
+    flags = parser.parse_args(argv)
     with processes(flags.device, cpu_threads=1, timeout=NO_HURRY) as group:
-        paths = run_sets(argv, grid_of(own.grid), group, flags.sample_dir / "sweep.json")
+        paths = run_sets(parser, argv, grid_of(flags.grid), group)
         if group.is_main:
             sys.stdout.write(markdown(read_rows(paths)) + "\n")
 
