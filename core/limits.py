@@ -5,6 +5,7 @@ Bounds are from below: what passes may still be too much.
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ def check_disk(flag: str, count: int, bytes_each: int, folder: Path) -> None:
 
 
 def check_out_folder(flag: str, folder: Path) -> None:
-    """Refuse a folder that is something else, or cannot be made or written to.
+    """Refuse a folder that is something else, or cannot be made or written to, by trying it.
 
     Raises:
         ConfigError: naming flag and path.
@@ -59,8 +60,11 @@ def check_out_folder(flag: str, folder: Path) -> None:
     place = _existing(folder)
     if not place.is_dir():
         raise ConfigError(f"{flag}: {place} is a file, not a folder")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag}: cannot write to {place}")
+    try:  # what permissions say is not all: file systems are read-only or full
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise ConfigError(f"{flag}: cannot write to {place}: {error.strerror}") from error
 
 
 def check_out_file(flag: str, path: Path) -> None:

@@ -14,20 +14,39 @@ from core.distributed import NO_HURRY, Processes, processes
 from core.errors import ConfigError, command
 from evaluations.compare import markdown, read_rows
 from evaluations.sampled import checked, flags_parser, sample_and_score
-from sampling.needs import NotingParser, refuse_typed
+from sampling.needs import NotingParser
 
 Combination = dict[str, str]
 
 
-def run_sets(
-    parser: NotingParser, argv: list[str], combinations: list[Combination], group: Processes
-) -> list[Path]:
-    """Sets of the flags `argv` with each combination of further ones.
+def flags_of(
+    parser: NotingParser, argv: list[str], combinations: list[Combination]
+) -> list[argparse.Namespace]:
+    """The flags of a command line with those of each combination.
 
     Args:
-        parser: of `argv`.
+        parser: of all flags.
         argv: command line.
         combinations: values of further flags by name.
+
+    Raises:
+        ConfigError: a flag is wrong, or both varied and typed.
+    """
+    for combination in combinations:
+        for name in parser.typed_in(argv).intersection(n.replace("-", "_") for n in combination):
+            raise ConfigError(f"--{name.replace('_', '-')}: does nothing here; it is varied")
+    words = [
+        [f"--{name.replace('_', '-')}={value}" for name, value in combination.items()]
+        for combination in combinations
+    ]
+    return [parser.parse_args([*argv, *further]) for further in words]
+
+
+def run_sets(chosen: list[argparse.Namespace], group: Processes) -> list[Path]:
+    """A set for each of several command lines; one that is finished is not made again.
+
+    Args:
+        chosen: flags of sample_ddp.py.
         group: all processes, which call this together.
 
     Returns:
@@ -36,24 +55,9 @@ def run_sets(
     Raises:
         UserError: one of them cannot be made; all are looked at before the first is begun.
     """
-    chosen = [with_flags(parser, argv, combination) for combination in combinations]
     for flags in chosen:
         checked(flags, group)
     return [sample_and_score(flags, group) for flags in chosen]
-
-
-def with_flags(
-    parser: NotingParser, argv: list[str], combination: Combination
-) -> argparse.Namespace:
-    """The flags of a command line and further ones, which must not be there before.
-
-    Raises:
-        ConfigError: a flag that the program varies was typed.
-    """
-    names = [name.replace("-", "_") for name in combination]
-    refuse_typed(parser.parse_args(argv), names, "does nothing here; its values are varied")
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in combination.items()]
-    return parser.parse_args([*argv, *words])
 
 
 def grid_of(words: list[str]) -> list[Combination]:
@@ -80,13 +84,20 @@ def _parser() -> NotingParser:
     return parser
 
 
+def _grid(argv: list[str]) -> list[Combination]:
+    """What is varied; it is read first, since required flags may be among it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--grid", nargs="+", default=[])
+    return grid_of(first.parse_known_args(argv)[0].grid)
+
+
 @command
 def main() -> None:
     """Parse the command line, run the grid and print the table."""
-    parser, argv = _parser(), sys.argv[1:]
-    flags = parser.parse_args(argv)
-    with processes(flags.device, cpu_threads=1, timeout=NO_HURRY) as group:
-        paths = run_sets(parser, argv, grid_of(flags.grid), group)
+    argv = sys.argv[1:]
+    chosen = flags_of(_parser(), argv, _grid(argv))
+    with processes(chosen[0].device, cpu_threads=1, timeout=NO_HURRY) as group:
+        paths = run_sets(chosen, group)
         if group.is_main:
             sys.stdout.write(markdown(read_rows(paths)) + "\n")
 

@@ -22,7 +22,7 @@ from core.logging import get_logger
 from evaluations.compare import markdown, read_rows
 from evaluations.figures import save_figure
 from evaluations.sampled import flags_parser
-from evaluations.sweep import Combination, run_sets
+from evaluations.sweep import Combination, flags_of, run_sets
 from models.pretrained import CONFIG_FILE, Pretrained, load_pretrained
 from models.sealed import MANIFEST_FILE, seal
 from sampling.needs import NotingParser
@@ -109,9 +109,9 @@ def main() -> None:
     flags = parser.parse_args(argv)
     if flags.write is not None:
         check_new_folder("--write", flags.write)
-    sets = combinations(tuple(flags.gammas.split(",")))
+    chosen = flags_of(parser, argv, combinations(tuple(flags.gammas.split(","))))
     with processes(flags.device, cpu_threads=1, timeout=NO_HURRY) as group:
-        paths = run_sets(parser, argv, sets, group)
+        paths = run_sets(chosen, group)
         if not group.is_main:
             return
         rows = read_rows(paths)

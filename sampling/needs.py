@@ -22,11 +22,14 @@ class NotingParser(Parser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """As of `Parser`."""
-        words = sys.argv[1:] if args is None else args
-        written = {hyphenated(str(word)).partition("=")[0] for word in words}
         flags, unknown = super().parse_known_args(args, namespace)
-        flags.typed = frozenset(a.dest for a in self._actions if written & {*a.option_strings})
+        flags.typed = self.typed_in(sys.argv[1:] if args is None else args)
         return flags, unknown
+
+    def typed_in(self, args: Iterable[str]) -> frozenset[str]:
+        """Names of the flags among words, whatever their values."""
+        written = {hyphenated(str(word)).partition("=")[0] for word in args}
+        return frozenset(a.dest for a in self._actions if written.intersection(a.option_strings))
 
     def hide(self, *names: str) -> None:
         """Leave flags out of the help."""
