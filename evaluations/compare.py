@@ -13,12 +13,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from config.load import build_config
-from core.command_line import Parser
 from core.errors import UserError, command
 from core.limits import check_out_folder
 from core.logging import get_logger
 from evaluations.figures import save_figure
 from models.summary import summarize
+from sampling.needs import NotingParser, refuse_typed
 from sampling.sets import RECORD_FILE, Record, check_files, read_set
 
 SCORES = ("FID", "sFID", "IS", "precision", "recall", "FD-digits", "accuracy")
@@ -158,7 +158,7 @@ def score_figure(rows: list[dict[str, object]], score: str) -> Figure:
 
 
 def _parse() -> argparse.Namespace:
-    parser = Parser("evaluations.compare", __doc__)
+    parser = NotingParser("evaluations.compare", __doc__)
     parser.add_argument("sets", type=Path, nargs="*", help="folders of sets, or their JSON files")
     parser.add_argument("--runs", type=Path, nargs="+", default=[], help="folders of runs")
     parser.add_argument("--out", type=Path, default=Path(), help="folder of the figures")
@@ -205,6 +205,8 @@ def main() -> None:
     for score in ("FID", "FD-digits"):
         if rows and all(row[score] is not None for row in rows):
             figures[score] = score_figure(rows, score)
+    if not figures:
+        refuse_typed(flags, ["out"], "does nothing here; it needs --runs, or sets with scores")
     if rows:
         sys.stdout.write(markdown(rows) + "\n")
     for name, figure in figures.items():

@@ -33,7 +33,7 @@ from evaluations.evaluate import (
 from evaluations.features import Extractor
 from evaluations.reference import PAIRS
 from evaluations.statistics import RunningStatistics
-from sampling.needs import NotingParser
+from sampling.needs import NotingParser, refuse_typed
 
 
 class _Cropped(Dataset):
@@ -138,6 +138,8 @@ def main() -> None:
     folder = ImageFolder(flags.images)
     other = folder if flags.pr_images is None else ImageFolder(flags.pr_images)
     check_batch_size(flags, len(folder), network, device)
+    if flags.num_images >= len(other):
+        refuse_typed(flags, ["seed"], f"does nothing here; all {len(other)} images are taken")
     extractor = extractor_from(flags, device)
     size, workers = flags.image_size, flags.num_workers
     arrays = reference_statistics(folder, size, extractor, flags.batch_size, workers)

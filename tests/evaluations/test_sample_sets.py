@@ -296,7 +296,9 @@ def test_programs_refuse_files_of_another_set(
     (folder / "capacity.json").write_text(json.dumps({"set_sha256": "0"}))
     assert "capacity.json: belongs to another set" in refused(folder, program=compare)
     (folder / "capacity.json").unlink()
-    run(monkeypatch, compare, folder, "--out", tmp_path)
+    run(monkeypatch, compare, folder)
+    said = refused(folder, "--out", tmp_path, program=compare)
+    assert said.startswith("--out: does nothing here; it needs --runs, or sets with scores")
 
 
 def labels_of(table):
@@ -334,7 +336,7 @@ def test_compare_names_runs_of_the_same_name_by_their_folders(
     sample()
     sample("--sample-dir", tmp_path / "more", ckpt=same_name)
     sets = [*tmp_path.glob("samples/*/*/"), *tmp_path.glob("more/*/*/")]
-    run(monkeypatch, compare, *sets, "--out", tmp_path)
+    run(monkeypatch, compare, *sets)
     assert labels_of(capsys.readouterr().out) == [str(trained), str(same_name)]
 
 
@@ -353,7 +355,7 @@ def test_compare_takes_folders_and_records_and_passes_over_what_is_none(
         caplog.clear()
         with caplog.at_level("INFO", logger="diffmoe"):
             paths = sorted(tmp_path.glob(f"samples/{pattern}"))
-            run(monkeypatch, compare, *paths, "--out", tmp_path)
+            run(monkeypatch, compare, *paths)
         passed = unfinished if pattern == "*/*/" else folder / "capacity.json"
         assert caplog.messages == [f"passed over, no record of a finished set: {passed}"]
         tables.append(capsys.readouterr().out)
@@ -461,6 +463,8 @@ def test_other_programs_refuse_outputs_that_cannot_be_written(
     out = tmp_path / "none" / "x"
     made = [image_root, out, "--image-size", 16]
     assert "OUT: no folder" in refused(*made, program=make_reference)
+    made = [image_root, tmp_path / "x.npz", "--image-size", 16, "--seed", 0]
+    assert "--seed: does nothing here; all 23" in refused(*made, program=make_reference)
     said = refused("--data", tmp_path, "--out", tmp_path, program=digits)
     assert said == f"--out: {tmp_path} is a folder; name a file"
     assert "--out: " in refused(tmp_path, "--out", __file__, program=capacity)
@@ -468,6 +472,17 @@ def test_other_programs_refuse_outputs_that_cannot_be_written(
     search = ["--ckpt", trained, "--metrics", "x", "--write", trained]
     assert "--write: " in refused(*search, program=threshold_search)
     assert files(tmp_path) == []
+
+
+def test_a_batch_of_images_that_cannot_fit_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluations.evaluate.extractor_from", None)
+    monkeypatch.setattr("core.limits.os.sysconf", lambda name: 2000)  # pages, bytes in each
+    np.savez(tmp_path / "a.npz", arr_0=IMAGES)
+    both = [tmp_path / "a.npz", tmp_path / "a.npz"]
+    said = refused(*both, program=evaluate)
+    # 5 images of 299 x 299 x 3 float32 are 5.36 MB.
+    assert said.startswith("--batch-size: 5 need at least 0.00536 GB of memory, the cpu has 0.004")
+    assert said.endswith("at most 3 can be tried")
 
 
 def test_searches_refuse_what_they_decide_themselves(refused, trained, tmp_path):
