@@ -33,7 +33,8 @@ def check_memory(flag: str, count: int, bytes_each: int, device: torch.device) -
         most = memory // bytes_each
         raise ConfigError(
             f"{flag}: {count} need at least {_giga(count * bytes_each)} of memory, the "
-            f"{device.type} has {_giga(memory)}; at most {most} can be tried"
+            f"{'GPU' if device.type == 'cuda' else 'machine'} has {_giga(memory)}; at most {most} "
+            "can be tried"
         )
 
 

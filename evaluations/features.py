@@ -229,6 +229,19 @@ def image_files(path: Path) -> list[Path]:
     return files
 
 
+def read_image(path: Path) -> np.ndarray:
+    """An image (H, W, 3) uint8.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
 def _folder(path: Path, size: int) -> tuple[Iterator[np.ndarray], int]:
     files = image_files(path)
 
@@ -237,11 +250,7 @@ def _folder(path: Path, size: int) -> tuple[Iterator[np.ndarray], int]:
         for start in range(0, len(files), size):
             images = []
             for file in files[start : start + size]:
-                try:
-                    with Image.open(file) as image:
-                        images.append(np.asarray(image.convert("RGB")))
-                except Exception as error:  # Pillow raises nearly anything on a damaged file
-                    raise UserError(f"{file}: cannot be read: {error}") from error
+                images.append(read_image(file))
                 first = images[-1].shape if first is None else first
                 if images[-1].shape != first:
                     raise UserError(f"{file}: {images[-1].shape}, the images before it {first}")

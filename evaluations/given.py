@@ -3,11 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from core.errors import UserError
 from core.npz import NpzReader
-from evaluations.features import Network, image_batches, image_files, open_npz
+from evaluations.features import Network, image_batches, image_files, open_npz, read_image
 from evaluations.reference import PAIRS, check_statistics
 from evaluations.scoring import Metric, check_count
 from sampling.sets import SetFolder, check_file, hashes_of, marks, read_set
@@ -43,8 +41,8 @@ def given(path: Path, network: Network) -> Given:
     """
     if path.is_dir():
         files = image_files(path)
-        with Image.open(files[0]) as image:
-            _check_side(files[0], image.size[::-1], network)
+        if network.side is not None:
+            _check_side(files[0], read_image(files[0]).shape[:2], network)
         return Given(path, len(files), network.widths)
     with open_npz(path) as file:
         statistics, names = {}, frozenset(file.names)
@@ -90,6 +88,8 @@ def check_reference(found: Given, network: Network, metrics: dict[str, Metric]) 
     Raises:
         UserError: naming metric and file.
     """
+    if found.path.is_dir():
+        raise UserError(f"{found.path}: is a folder; a reference is an .npz file")
     if not found.statistics and not found.features:
         raise UserError(
             f"{found.path}: no reference; needs mu and sigma, arr_0 or pool, and has "

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from core.distributed import Processes
-from core.errors import ConfigError
+from core.errors import ConfigError, UserError
 from core.files import file_hash
 from core.logging import get_logger
 from evaluations.evaluate import (
@@ -68,19 +68,29 @@ def checked(flags: argparse.Namespace, processes: Processes) -> Request:
     """What the flags ask for, once everything is refused that needs no weights to be refused.
 
     Raises:
-        UserError: when checkpoint, reference, flags and machine do not fit each other.
+        ConfigError: when checkpoint, reference, flags and machine do not fit each other; on every
+            process.
     """
-    request = request_of(flags, processes.device)
+    try:
+        request = request_of(flags, processes.device)
+        _check_scores(flags, request)
+    except ConfigError:
+        raise
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    return request
+
+
+def _check_scores(flags: argparse.Namespace, request: Request) -> None:
     if flags.metrics is None:
         refuse_typed(flags, SCORING, "does nothing here; it needs --metrics REF.npz")
         if flags.save == "none":
             raise ConfigError("--save: none leaves nothing without --metrics REF.npz")
-        return request
+        return
     check_network_flags(flags)
     network, metrics = network_from(flags), chosen_metrics(flags.features, None)
     _check_images(request, network, metrics)
     check_reference(given(flags.metrics, network), network, metrics)
-    return request
 
 
 def _check_images(request: Request, network: Network, metrics: dict[str, Metric]) -> None:

@@ -117,10 +117,13 @@ def request_of(flags: argparse.Namespace, device: torch.device) -> Request:
     checkpoint = read_checkpoint(flags.ckpt, flags.weights, routing_of(flags))
     protocol = resolve(flags, checkpoint)
     _check_capacity(flags, checkpoint, protocol)
-    _check_size(flags, checkpoint, protocol, device)
+    _check_block(checkpoint, protocol, device)
     run = run_name(checkpoint.path)
     folder = SetFolder(flags.sample_dir / run / _name(flags, checkpoint, protocol))
     check_out_folder("--sample-dir", folder.path)
+    if flags.save == "npz" and not folder.record.exists():
+        size = 3 * checkpoint.config.data.image_size**2
+        check_disk("--num-fid-samples", protocol.num_fid_samples, size, folder.path)
     request = Request(flags, checkpoint, protocol, run, folder)
     folder.is_finished(request.settings(), {}, flags.overwrite)  # refuses another one's
     return request
@@ -140,17 +143,12 @@ def _check_capacity(flags: argparse.Namespace, checkpoint: Checkpoint, protocol:
         )
 
 
-def _check_size(
-    flags: argparse.Namespace, checkpoint: Checkpoint, protocol: Protocol, device: torch.device
-) -> None:
-    """One block must fit in memory, and the images on the disk."""
+def _check_block(checkpoint: Checkpoint, protocol: Protocol, device: torch.device) -> None:
+    """One block must fit in memory."""
     count, size = protocol.per_proc_batch_size, block_bytes(checkpoint.config.model)
     on_host = GENERATOR_BYTES + (size if device.type == "cpu" else 0)
     check_memory("--per-proc-batch-size", count, on_host, torch.device("cpu"))
     check_memory("--per-proc-batch-size", count, size, device)
-    if flags.save == "npz":
-        size = 3 * checkpoint.config.data.image_size**2
-        check_disk("--num-fid-samples", protocol.num_fid_samples, size, flags.sample_dir)
 
 
 def block_bytes(model: ModelConfig) -> int:

@@ -113,11 +113,11 @@ class SetFolder:
         Args:
             settings: plain ones, that decide the images; those that are left out are not compared.
             blocks: what the files of unfinished blocks hold besides.
-            overwrite: take a set of other settings for none; and a finished one, unless the
-                blocks of a next one are there.
+            overwrite: whatever is here counts for nothing; `begin` still goes on with blocks of
+                the same settings.
 
         Raises:
-            UserError: a set of other settings is here, or one that cannot be read.
+            ConfigError: a set of other settings is here, or one that cannot be read.
         """
         begun = self.plan.exists() or any(self.parts.glob("*.npz"))
         finished = self.record.exists()
@@ -126,7 +126,10 @@ class SetFolder:
         found, wanted = self.plan, settings | blocks
         if finished:
             found, wanted = self.record, settings
-        other = differences(_read_json(found), wanted)
+        try:
+            other = differences(_read_json(found), wanted)
+        except UserError as error:
+            raise ConfigError(f"--sample-dir: {error}; --overwrite replaces the set") from error
         if other:
             what = "a set" if finished else "unfinished blocks"
             raise ConfigError(

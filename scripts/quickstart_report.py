@@ -25,7 +25,9 @@ def main(shared: Path, run: Path) -> None:
         ("loss, last steps", f"{entries[-1]['loss/loss']:.4f}"),
         ("training images/s (median)", f"{rates[len(rates) // 2]:.0f}"),
     ]
-    for record in records.values():
+    for path, record in records.items():
+        if "scores" not in record:  # stopped in between
+            sys.exit(f"error: {path} has no scores; remove {path.parent} and start again")
         scores, at = record["scores"], f"guidance {record['cfg_scale']:g}"
         rows += [
             (f"mean C_infer, {at}", f"{record['capacity_infer']:.3f}"),

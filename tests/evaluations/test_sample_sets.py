@@ -381,6 +381,9 @@ def test_compare_takes_folders_and_records_and_passes_over_what_is_none(
         (["--fixed-threshold", "0.4"], "--fixed-threshold: does nothing here"),
         (["--save", "none"], "--save: none leaves nothing without --metrics REF.npz"),
         (["--metrics", "/none.npz"], "/none.npz: no readable .npz file"),
+        (["--metrics", ROOT / "docs"], "docs: is a folder; a reference is an .npz file"),
+        (["--ckpt", "/none"], "/none: no checkpoint here"),
+        (["--weights", "x"], "weights: unknown 'x'; known: ema, model"),
     ],
 )
 def test_sampling_refuses_before_it_writes(flags, wanted, refused, tmp_path):
@@ -481,8 +484,10 @@ def test_a_batch_of_images_that_cannot_fit_is_refused(refused, tmp_path, monkeyp
     both = [tmp_path / "a.npz", tmp_path / "a.npz"]
     said = refused(*both, program=evaluate)
     # 5 images of 299 x 299 x 3 float32 are 5.36 MB.
-    assert said.startswith("--batch-size: 5 need at least 0.00536 GB of memory, the cpu has 0.004")
-    assert said.endswith("at most 3 can be tried")
+    assert said.startswith(
+        "--batch-size: 5 need at least 0.00536 GB of memory, the machine has 0.004"
+    )
+    assert said.endswith("the machine has 0.004 GB; at most 3 can be tried")
 
 
 def test_searches_refuse_what_they_decide_themselves(refused, trained, tmp_path):

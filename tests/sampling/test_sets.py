@@ -266,7 +266,7 @@ def test_a_sampler_whose_memory_is_a_blocks_square_is_not_offered():
 def test_what_a_machine_cannot_do(tmp_path):
     cpu = torch.device("cpu")
     check_memory("--n", 10, 1000, cpu)
-    with pytest.raises(ConfigError, match=r"--n: 10+ need at least 1e\+06 GB of memory, the cpu "):
+    with pytest.raises(ConfigError, match=r"--n: 10+ need at least 1e\+06 GB of memory, the"):
         check_memory("--n", 10**12, 1000, cpu)
     check_disk("--n", 1, 1, tmp_path / "new")
     with pytest.raises(ConfigError, match=r"--n: 10+ need at least 1e\+09 GB on the disk of"):
