@@ -4,9 +4,10 @@ torchrun --nproc_per_node=8 sample_ddp.py --ckpt runs/NAME --image-size 256 \
     --per-proc-batch-size 125 --num-fid-samples 50000 --cfg-scale 1.0 --num-sampling-steps 250 \
     --sample-dir samples
 
-Writes one .npz (arr_0, NHWC uint8, as ADM's evaluator reads it), a grid, and a JSON with every
-setting; `--metrics REF.npz --save none` scores the images while they are made instead. They do not
-depend on the number of processes, and a run that was interrupted goes on when it is started again.
+Writes to samples/RUN/SET/: samples.npz (arr_0, NHWC uint8, as ADM's evaluator reads it), a grid,
+and set.json with every setting; `--metrics REF.npz --save none` scores the images while they are
+made instead. They do not depend on the number of processes. A set that was interrupted goes on when
+it is started again, one that is finished stays, and one of other settings is refused.
 On the CPU each process computes on one thread, so start as many as there are cores.
 """
 

@@ -9,11 +9,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any
 
 from config.model import DenseConfig
-from config.objective import ADAPTIVE, SDE_METHODS
+from config.objective import ADAPTIVE, CORRECTED, SDE_METHODS
 from config.schema import Config
-
-TOLERANT = (*ADAPTIVE, "implicit_adams", "fixed_adams")
-"""Samplers that look at a tolerance."""
 
 
 @dataclass(frozen=True)
@@ -164,8 +161,8 @@ NEEDS = (
     Need(
         "sampling",
         "atol rtol",
-        lambda c: c.sampling.sampler in TOLERANT,
-        "a sampler that chooses its steps, such as dopri5",
+        lambda c: c.sampling.sampler in (*ADAPTIVE, *CORRECTED),
+        f"a sampler with tolerances: {', '.join((*ADAPTIVE, *CORRECTED))}",
     ),
     Need(
         "sampling",

@@ -120,10 +120,15 @@ OBJECTIVES = {"flow": FlowConfig, "ddpm": DDPMConfig}
 ODE_METHODS = (
     *("euler", "heun", "heun_euler", "dopri5", "midpoint", "rk4", "heun2", "heun3"),
     *("bosh3", "dopri8", "fehlberg2", "adaptive_heun", "explicit_adams", "implicit_adams"),
-    *("fixed_adams", "scipy_solver"),
+    "fixed_adams",
 )
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "scipy_solver")
-"""ODE methods that choose their own steps within a tolerance."""
+
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+"""Methods that choose their own steps within a tolerance. torchdiffeq's `scipy_solver` is left out:
+LSODA keeps a matrix of all numbers of a block squared, 137 GB for 32 latents of 4 x 32 x 32."""
+
+CORRECTED = ("implicit_adams", "fixed_adams")
+"""Methods of fixed steps that correct each of them until it is within a tolerance."""
 
 SDE_METHODS = ("euler_maruyama", "stochastic_heun")
 

@@ -1,13 +1,13 @@
-"""python -m evaluations.capacity SET.json [--out DIR]
+"""python -m evaluations.capacity samples/RUN/SET [--out DIR]
 
 Where the computation of a set of samples went: numbers and figures from what `sample_ddp.py
---capacity` recorded beside SET.json.
+--capacity` recorded in its folder.
 """
 
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +17,13 @@ from config.load import build_config
 from core.command_line import Parser
 from core.errors import UserError, command
 from core.files import complete_file
+from core.limits import check_out_folder
 from core.logging import get_logger
+from evaluations.features import open_npz
 from evaluations.figures import class_figure, expert_figure, map_figure, save_figure, step_figure
 from models.summary import summarize
 from sampling.recorder import RoutingTable
+from sampling.sets import Record, SetFolder, check_file, hashes_of, read_set
 
 SIDES = ("conditional", "unconditional")
 
@@ -30,36 +33,32 @@ class CapacityRun:
     """What a set left.
 
     Attributes:
-        path: its JSON.
+        folder: of the set.
         record: the settings in it.
         table: pairs by evaluation, half, layer, expert and class.
         labels: (N,) class of each sample.
     """
 
-    path: Path
-    record: dict
+    folder: SetFolder
+    record: Record
     table: RoutingTable
     labels: np.ndarray
 
-    def beside(self, suffix: str) -> Path:
-        """The set's other file of that suffix."""
-        return self.path.with_name(f"{self.path.stem}{suffix}")
-
 
 def read_run(path: Path) -> CapacityRun:
-    """A set that was sampled with --capacity.
+    """A set that was sampled with --capacity, by its folder or record.
 
     Raises:
-        UserError: a file is missing or unreadable.
+        UserError: no set, one without such records, or files of another set.
     """
-    try:
-        record = json.loads(path.read_text())
-        with np.load(path.with_name(f"{path.stem}.capacity.npz"), allow_pickle=False) as file:
-            arrays = dict(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; sample with --capacity") from error
-    labels = arrays.pop("labels")
-    return CapacityRun(path, record, RoutingTable(**arrays), labels)
+    folder, record = read_set(path)
+    if not folder.routing.exists():
+        raise UserError(f"{folder.path}: has no {folder.routing.name}; sample with --capacity")
+    check_file(folder.routing, record)
+    with open_npz(folder.routing) as file:
+        arrays = {field.name: file.read(field.name) for field in fields(RoutingTable)}
+        labels = file.read("labels")
+    return CapacityRun(folder, record, RoutingTable(**arrays), labels)
 
 
 def over_classes(table: RoutingTable) -> np.ndarray:
@@ -108,8 +107,8 @@ def draw(run: CapacityRun, out: Path) -> list[Path]:
         figures |= _capacity_figures(run, shares)
     paths = []
     for name, figure in figures.items():
-        paths.append(out / f"{run.path.stem}.{name}.png")
-        save_figure(figure, paths[-1])
+        paths.append(SetFolder(out).figure(name))
+        save_figure(figure, paths[-1], hashes_of(run.record))
     return paths
 
 
@@ -129,17 +128,20 @@ def _capacity_figures(run: CapacityRun, shares: np.ndarray) -> dict[str, Figure]
 
 def _images(run: CapacityRun, count: int | None) -> np.ndarray | None:
     """The first images of the set, where it kept them."""
-    path = run.beside(".npz")
+    path = run.folder.archive
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        return file["arr_0"][:count]
+    check_file(path, run.record)
+    with open_npz(path) as file:
+        return file.read("arr_0")[:count]
 
 
 def _parse() -> argparse.Namespace:
     parser = Parser("evaluations.capacity", __doc__)
-    parser.add_argument("set", type=Path, help="JSON of a set sampled with --capacity")
-    parser.add_argument("--out", type=Path, help="folder of the figures; default: beside the set")
+    parser.add_argument("set", type=Path, help="folder of a set sampled with --capacity")
+    parser.add_argument(
+        "--out", type=Path, help="folder of numbers and figures; default: the set's"
+    )
     return parser.parse_args()
 
 
@@ -147,15 +149,18 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Parse the command line, print the numbers and draw the figures."""
     flags = _parse()
+    if flags.out is not None:
+        check_out_folder("--out", flags.out)
     run = read_run(flags.set)
-    out = flags.out or flags.set.parent
+    own = run.folder.path
+    out = own if flags.out is None else flags.out / run.record["run"] / own.absolute().name
     out.mkdir(parents=True, exist_ok=True)
     found = numbers(run)
     for name, value in found.items():
         text = f"{value / 1e6:.2f} M" if "parameters" in name else f"{value:.4f}"
         sys.stdout.write(f"{name}: {text}\n")
-    with complete_file(out / f"{run.path.stem}.capacity.json") as temporary:
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
+    with complete_file(SetFolder(out).numbers) as temporary:
+        temporary.write_text(json.dumps(found | hashes_of(run.record), indent=2) + "\n")
     for path in draw(run, out):
         get_logger("evaluations.capacity").info("%s", path)
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from core.command_line import Parser, positive
 from core.errors import command
+from core.limits import check_out_file
 from core.logging import get_logger
 from evaluations.digit_classifier import (
     TrainSettings,
     accuracy,
-    check_folder,
     features_and_logits,
     load_digits,
     save_classifier,
@@ -39,7 +39,7 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Parse the command line, train and write the classifier."""
     flags = _parse()
-    check_folder(flags.out)
+    check_out_file("--out", flags.out)
     train, heldout = load_digits(flags.data, "train"), load_digits(flags.data, "val")
     settings = TrainSettings(seed=flags.seed, epochs=flags.epochs)
     start = time.perf_counter()

@@ -7,147 +7,34 @@ of ADM's evaluator (Dhariwal & Nichol 2021), without TensorFlow.
 import argparse
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from core.command_line import Parser, positive
-from core.errors import UserError, command, unknown_name
+from core.command_line import positive
+from core.errors import ConfigError, command
 from core.files import complete_file
-from evaluations.adm import BLOCK as ADM_BLOCK
-from evaluations.adm import adm_precision_recall
-from evaluations.digit_classifier import accuracy
-from evaluations.features import EXTRACTORS, Extractor, Samples, build_extractor, read_samples
-from evaluations.inception import probabilities
-from evaluations.metrics import frechet_distance, inception_score, precision_recall, statistics
-from evaluations.reference import Reference, read_reference
-
-SPLIT = 5000
-NEIGHBOUR = 3
-PR_MODES = ("float32", "adm")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Samples, what they are compared with, and how.
-
-    Attributes:
-        reference: real images.
-        samples: generated ones.
-        extractor: name of the network whose features these are.
-        pr_mode: `float32`, or `adm` for that evaluator's float16 distances.
-    """
-
-    reference: Reference
-    samples: Samples
-    extractor: str
-    pr_mode: str = "float32"
-
-    def of(self, features: str, metric: str) -> np.ndarray:
-        """The samples' features of one kind.
-
-        Raises:
-            UserError: there are none.
-        """
-        if features not in self.samples.features:
-            raise UserError(f"{metric}: the samples have no {features} features")
-        return self.samples.features[features]
-
-    def frechet(self, features: str, metric: str) -> dict[str, float]:
-        """The Fréchet distance in one kind of features."""
-        found = self.of(features, metric)
-        reference = self.reference.statistics_of(features, metric)
-        if len(reference[0]) != found.shape[1]:
-            raise UserError(
-                f"{metric}: {self.reference.path} has {len(reference[0])} features, the samples "
-                f"{found.shape[1]}"
-            )
-        return {metric: frechet_distance(*reference, *statistics(found))}
-
-    def inception_score(self) -> dict[str, float]:
-        """Over contiguous splits of 5,000."""
-        return {"IS": inception_score(probabilities(self.of("logits", "IS")), SPLIT)}
-
-    def manifolds(self) -> dict[str, float]:
-        """Precision and recall, k = 3."""
-        pool = self.of("pool", "precision"), self.reference.pool_of("precision")
-        score = adm_precision_recall if self.pr_mode == "adm" else precision_recall
-        precision, recall = score(pool[1], pool[0], NEIGHBOUR)
-        return {"precision": precision, "recall": recall}
-
-    def accuracy(self) -> dict[str, float]:
-        """Share of samples that the classifier takes for their class."""
-        labels, logits = self.samples.labels, self.of("logits", "accuracy")
-        if labels is None:
-            raise UserError("accuracy: the samples have no labels")
-        if labels.shape != (len(logits),) or not 0 <= labels.min() <= labels.max() < len(logits[0]):
-            raise UserError(
-                f"accuracy: needs a label in 0 ... {len(logits[0]) - 1} for each of the "
-                f"{len(logits)} samples"
-            )
-        return {"accuracy": accuracy(logits, labels)}
-
-
-METRICS: dict[str, dict[str, Callable[[Comparison], dict[str, float]]]] = {
-    "inception": {
-        "fid": lambda c: c.frechet("pool", "FID"),
-        "sfid": lambda c: c.frechet("spatial", "sFID"),
-        "is": Comparison.inception_score,
-        "pr": Comparison.manifolds,
-    },
-    "digits": {
-        "fd": lambda c: c.frechet("pool", "FD-digits"),
-        "accuracy": Comparison.accuracy,
-        "pr": Comparison.manifolds,
-    },
-}
-"""What each extractor can score, by the names that --metrics takes."""
-
-
-def evaluate(comparison: Comparison, metrics: list[str] | None = None) -> dict[str, float]:
-    """Scores by name.
-
-    Args:
-        comparison: what is compared.
-        metrics: names in METRICS of its extractor; None takes all.
-
-    Raises:
-        UserError: an unknown metric, or one that reference or samples cannot give.
-    """
-    known = METRICS[comparison.extractor]
-    scores: dict[str, float] = {}
-    for name in metrics or known:
-        if name not in known:
-            raise unknown_name("metrics", name, known)
-        scores |= known[name](comparison)
-    return scores
-
-
-def settings_of(comparison: Comparison, extractor: Extractor) -> dict[str, object]:
-    """Everything that the scores depend on, beside the images."""
-    count = len(next(iter(comparison.samples.features.values())))
-    reference = comparison.reference
-    adm = {"pr_block": ADM_BLOCK} if comparison.pr_mode == "adm" else {}
-    return {
-        "reference": str(reference.path),
-        "reference_sha256": reference.sha256,
-        "reference_images": None if reference.pool is None else len(reference.pool),
-        "num_samples": count,
-        "features": extractor.name,
-        "features_sha256": extractor.weights_hash,
-        "is_split": SPLIT,
-        "pr_k": NEIGHBOUR,
-        "pr_mode": comparison.pr_mode,
-        **adm,
-        "dtype": "float32",
-        "tf32": False,
-        "torch": torch.__version__,
-        "torch_fidelity": version("torch-fidelity"),
-    }
+from core.limits import check_memory, check_out_file
+from evaluations.features import (
+    EXTRACTORS,
+    Extractor,
+    Network,
+    build_extractor,
+    network_of,
+    read_samples,
+)
+from evaluations.given import Source, check_reference, check_samples, given, source_of
+from evaluations.inception import SIDE
+from evaluations.reference import read_reference
+from evaluations.scoring import (
+    METRICS,
+    PR_MODES,
+    Comparison,
+    chosen_metrics,
+    evaluate,
+    settings_of,
+)
+from sampling.needs import NotingParser, refuse_typed
 
 
 def add_extractor_flags(parser: argparse.ArgumentParser) -> None:
@@ -166,21 +53,59 @@ def add_batch_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=devices, default="auto", help="auto: a GPU if any")
 
 
-def extractor_from(flags: argparse.Namespace, device: torch.device | None = None) -> Extractor:
-    """The network that the flags name, by default on the device that they name."""
-    if device is None and flags.device == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = device or torch.device(flags.device)
-    digits = flags.features == "digits"
-    weights = flags.classifier if digits else flags.inception_weights
-    return build_extractor(flags.features, weights, flags.inception_sha256, device)
+def check_network_flags(flags: argparse.Namespace) -> None:
+    """Refuse weights of the network that is not used.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    other = ("inception_weights", "inception_sha256")
+    other = other if flags.features == "digits" else ("classifier",)
+    wanted = "inception" if flags.features == "digits" else "digits"
+    refuse_typed(flags, other, f"does nothing here; it needs --features {wanted}")
+
+
+def network_from(flags: argparse.Namespace) -> Network:
+    """What is known of the network that the flags name, before its weights are read."""
+    return network_of(flags.features, _weights(flags), flags.inception_sha256)
+
+
+def device_of(flags: argparse.Namespace) -> torch.device:
+    """The device that --device names."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if flags.device == "cuda" and found == "cpu":
+        raise ConfigError("--device: cuda is not available on this machine; allowed: auto, cpu")
+    return torch.device(found if flags.device == "auto" else flags.device)
+
+
+def check_batch_size(
+    flags: argparse.Namespace, images: int, network: Network, device: torch.device
+) -> None:
+    """Refuse a --batch-size whose inputs alone do not fit in memory.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    size = 4 * 3 * (network.side or SIDE) ** 2  # one image as the network sees it, float32
+    check_memory("--batch-size", min(flags.batch_size, images), size, device)
+
+
+def extractor_from(flags: argparse.Namespace, device: torch.device) -> Extractor:
+    """The network that the flags name."""
+    return build_extractor(flags.features, _weights(flags), flags.inception_sha256, device)
+
+
+def _weights(flags: argparse.Namespace) -> Path | None:
+    return flags.classifier if flags.features == "digits" else flags.inception_weights
 
 
 def _parse() -> argparse.Namespace:
-    parser = Parser("evaluations.evaluate", __doc__)
+    parser = NotingParser("evaluations.evaluate", __doc__)
     parser.add_argument("reference", type=Path, help=".npz with mu, sigma, mu_s, sigma_s, arr_0")
     parser.add_argument(
-        "samples", type=Path, help=".npz with arr_0 or features, or a folder of images"
+        "samples",
+        type=Path,
+        help="folder of a set, .npz with arr_0 or features, or a folder of images",
     )
     add_extractor_flags(parser)
     add_batch_flags(parser)
@@ -193,20 +118,39 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _check(flags: argparse.Namespace, device: torch.device) -> Source:
+    """Refuse what cannot be scored before any feature is computed, and find the samples."""
+    metrics = chosen_metrics(flags.features, flags.metrics)
+    if "pr" not in metrics:
+        refuse_typed(flags, ["pr_mode"], "does nothing here; it needs --metrics pr")
+    check_network_flags(flags)
+    if flags.out is not None:
+        check_out_file("--out", flags.out)
+    network = network_from(flags)
+    source = source_of(flags.samples, network)
+    reference, samples = given(flags.reference, network), given(source.path, network)
+    check_reference(reference, network, metrics)
+    check_samples(samples, network, metrics)
+    check_batch_size(flags, max(reference.count, samples.count), network, device)
+    return source
+
+
 @command
 def main() -> None:
     """Parse the command line, score and print."""
     flags = _parse()
-    extractor = extractor_from(flags)
-    metrics = flags.metrics or list(METRICS[flags.features])
+    device = device_of(flags)
+    source = _check(flags, device)
+    extractor = extractor_from(flags, device)
+    metrics = list(chosen_metrics(flags.features, flags.metrics))
     reference = read_reference(flags.reference, extractor, flags.batch_size, images="pr" in metrics)
-    samples = read_samples(flags.samples, extractor, flags.batch_size)
+    samples = read_samples(source.path, extractor, flags.batch_size)
     comparison = Comparison(reference, samples, flags.features, flags.pr_mode)
     scores = evaluate(comparison, metrics)
     for name, value in scores.items():
         sys.stdout.write(f"{name}: {value:.6g}\n")
     if flags.out is not None:
-        record = {"scores": scores, "samples": str(flags.samples)}
+        record = {"scores": scores, "samples": str(flags.samples), **source.hashes}
         record |= settings_of(comparison, extractor)
         with complete_file(flags.out) as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n")

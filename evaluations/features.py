@@ -27,7 +27,7 @@ from core.npz import NpzReader
 from core.precision import exact_float32
 from data.images import SUFFIXES
 from evaluations.digit_classifier import SIZE, load_classifier, to_float
-from evaluations.inception import SHA256, load_inception
+from evaluations.inception import SHA256, WIDTHS, load_inception
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -46,6 +46,42 @@ class Extractor(Protocol):
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """`pool` (N, D), `logits` (N, K), and perhaps `spatial`, of images (N, H, W, 3) uint8."""
         ...
+
+
+@dataclass(frozen=True)
+class Network:
+    """An extractor before its weights are read.
+
+    Attributes:
+        name: one of EXTRACTORS.
+        weights_hash: SHA-256 of its weight file.
+        widths: D of each kind of features.
+        side: of the images that it takes; None for any.
+    """
+
+    name: str
+    weights_hash: str
+    widths: dict[str, int]
+    side: int | None = None
+
+    @property
+    def about(self) -> dict[str, str]:
+        """What files of its features carry."""
+        return {"features": self.name, "features_sha256": self.weights_hash}
+
+
+def network_of(name: str, weights: Path | None, sha256: str | None) -> Network:
+    """What `build_extractor` would give.
+
+    Raises:
+        UserError: no classifier of digits.
+    """
+    if name == "inception":
+        return Network(name, (sha256 or SHA256).lower(), WIDTHS)
+    digits = DigitFeatures(weights, None, torch.device("cpu"))  # a small file
+    classes = len(digits.network.class_names)
+    widths = {"pool": digits.network.feature_width, "logits": classes}
+    return Network(name, digits.weights_hash, widths, SIZE)
 
 
 class InceptionFeatures:
@@ -181,21 +217,40 @@ def image_batches(file: NpzReader, path: Path, size: int) -> tuple[Iterator[np.n
     return file.rows("arr_0", size), shape[0]
 
 
-def _folder(path: Path, size: int) -> tuple[Iterator[np.ndarray], int]:
+def image_files(path: Path) -> list[Path]:
+    """The images of a folder, at any depth.
+
+    Raises:
+        UserError: there are none.
+    """
     files = sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
     if not files:
         raise UserError(f"{path}: no images in it ({', '.join(SUFFIXES)})")
+    return files
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image (H, W, 3) uint8.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises nearly anything on a damaged file
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _folder(path: Path, size: int) -> tuple[Iterator[np.ndarray], int]:
+    files = image_files(path)
 
     def batches() -> Iterator[np.ndarray]:
         first = None
         for start in range(0, len(files), size):
             images = []
             for file in files[start : start + size]:
-                try:
-                    with Image.open(file) as image:
-                        images.append(np.asarray(image.convert("RGB")))
-                except Exception as error:  # Pillow raises nearly anything on a damaged file
-                    raise UserError(f"{file}: cannot be read: {error}") from error
+                images.append(read_image(file))
                 first = images[-1].shape if first is None else first
                 if images[-1].shape != first:
                     raise UserError(f"{file}: {images[-1].shape}, the images before it {first}")

@@ -19,10 +19,10 @@ IMAGES = 5
 """Images of each."""
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG."""
+def save_figure(figure: Figure, path: Path, texts: dict[str, str] | None = None) -> None:
+    """Write a figure as PNG, with texts by name in its metadata."""
     with complete_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=120, metadata=texts)
 
 
 def step_figure(layers: np.ndarray, sides: Sequence[str]) -> Figure:

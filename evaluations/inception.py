@@ -19,6 +19,9 @@ from core.errors import UserError
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 """Of torch-fidelity's weight file, weights-inception-2015-12-05-6726825d.pth."""
 
+WIDTHS = {"pool": 2048, "spatial": 2023, "logits": 1008}
+"""Features of each kind."""
+
 SIDE = 299
 SPATIAL_CHANNELS = 7
 

@@ -13,11 +13,13 @@ import torch
 from core.command_line import Parser, positive
 from core.distributed import Processes, processes
 from core.errors import UserError, command
+from core.limits import check_memory
 from core.logging import progress
 from core.rng import SampleNoise, generator
 from data.sources import validation_data
 from models.pretrained import Pretrained, load_pretrained
 from sampling.objectives import build_objective
+from sampling.request import block_bytes
 from transport.sde import SOLVERS as SDE_SOLVERS
 
 
@@ -40,8 +42,9 @@ def bits_per_dim(
             "data.val_cached_path: the checkpoint names no held-out data; give --val-cached-path"
         )
     data, objective = validation_data(config, group), build_objective(config.objective)
-    model, shape = pretrained.model.to(device), None
     count, total = min(count, len(data)), 0.0
+    check_memory("--batch-size", min(batch_size, count), block_bytes(config.model), device)
+    model, shape = pretrained.model.to(device), None
     with progress(None, group, "likelihood", "img", total=count) as bar:
         for first in range(0, count, batch_size):
             indices = range(first, min(first + batch_size, count))

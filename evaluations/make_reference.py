@@ -13,17 +13,27 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from core.command_line import Parser, natural, positive
+from core.command_line import natural, positive
 from core.distributed import Processes
-from core.errors import UserError, command
+from core.errors import ConfigError, UserError, command
 from core.files import complete_file
+from core.limits import check_out_file
 from core.logging import get_logger, progress
 from core.rng import generator
 from data.images import ImageFolder, load_image
-from evaluations.evaluate import add_batch_flags, add_extractor_flags, extractor_from
+from evaluations.evaluate import (
+    add_batch_flags,
+    add_extractor_flags,
+    check_batch_size,
+    check_network_flags,
+    device_of,
+    extractor_from,
+    network_from,
+)
 from evaluations.features import Extractor
 from evaluations.reference import PAIRS
 from evaluations.statistics import RunningStatistics
+from sampling.needs import NotingParser, refuse_typed
 
 
 class _Cropped(Dataset):
@@ -99,7 +109,7 @@ def _batches(
 
 
 def _parse() -> argparse.Namespace:
-    parser = Parser("evaluations.make_reference", __doc__)
+    parser = NotingParser("evaluations.make_reference", __doc__)
     add = parser.add_argument
     add("images", type=Path, help="folder, IMAGES/<class>/<images> or IMAGES/<images>")
     add("out", type=Path, help=".npz to write")
@@ -117,8 +127,20 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
     """Parse the command line, make the reference and write it."""
     flags = _parse()
-    folder, extractor = ImageFolder(flags.images), extractor_from(flags)
+    check_network_flags(flags)
+    check_out_file("OUT", flags.out)
+    device, network = device_of(flags), network_from(flags)
+    if network.side not in (None, flags.image_size):
+        raise ConfigError(
+            f"--image-size: {flags.image_size} is not allowed; --features {network.name} needs "
+            f"{network.side}"
+        )
+    folder = ImageFolder(flags.images)
     other = folder if flags.pr_images is None else ImageFolder(flags.pr_images)
+    check_batch_size(flags, len(folder), network, device)
+    if flags.num_images >= len(other):
+        refuse_typed(flags, ["seed"], f"does nothing here; all {len(other)} images are taken")
+    extractor = extractor_from(flags, device)
     size, workers = flags.image_size, flags.num_workers
     arrays = reference_statistics(folder, size, extractor, flags.batch_size, workers)
     arrays |= reference_images(other, size, flags.num_images, workers, flags.seed)

@@ -18,6 +18,9 @@ from evaluations.metrics import statistics
 PAIRS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """Features and the names of their statistics."""
 
+Described = tuple[tuple[int, ...], np.dtype]
+"""Shape and dtype of an array that is not read yet."""
+
 
 @dataclass
 class Reference:
@@ -75,7 +78,9 @@ def read_reference(
         found = {}
         for features, (mean, covariance) in PAIRS.items():
             if {mean, covariance} <= file.names:
-                found[features] = _checked(path, file.read(mean), file.read(covariance), mean)
+                names = mean, covariance
+                check_statistics(path, mean, *map(file.describe, names))
+                found[features] = tuple(file.read(name).astype(np.float64) for name in names)
         known = {}
         if "pool" in file.names:
             known = {name: file.read(name) for name in PAIRS if name in file.names}
@@ -92,14 +97,22 @@ def read_reference(
     return Reference(path, file_hash(path), found, known.get("pool"))
 
 
-def _checked(
-    path: Path, mean: np.ndarray, covariance: np.ndarray, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Statistics in float64."""
-    fits = mean.ndim == 1 and covariance.shape == (len(mean), len(mean))
-    if not fits or {mean.dtype.kind, covariance.dtype.kind} != {"f"}:
+def check_statistics(path: Path, name: str, mean: Described, covariance: Described) -> None:
+    """Refuse arrays that are no mean and covariance, by their shapes and dtypes.
+
+    Args:
+        path: of the file.
+        name: of the mean.
+        mean: its shape and dtype.
+        covariance: its shape and dtype.
+
+    Raises:
+        UserError: naming file, arrays and what they are.
+    """
+    size = mean[0]
+    fits = len(size) == 1 and covariance[0] == size * 2
+    if not fits or {mean[1].kind, covariance[1].kind} != {"f"}:
         raise UserError(
             f"{path}: {name} and its covariance must be floats (D,) and (D, D), got "
-            f"{mean.dtype} {mean.shape} and {covariance.dtype} {covariance.shape}"
+            f"{mean[1]} {mean[0]} and {covariance[1]} {covariance[0]}"
         )
-    return mean.astype(np.float64), covariance.astype(np.float64)

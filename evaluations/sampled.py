@@ -1,86 +1,170 @@
 """The work of sample_ddp.py: generate a set, and score it on the way where a reference is given."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from core.distributed import Processes
-from core.errors import UserError
-from core.files import complete_file
+from core.errors import ConfigError, UserError
+from core.files import file_hash
 from core.logging import get_logger
 from evaluations.evaluate import (
+    add_extractor_flags,
+    check_network_flags,
+    extractor_from,
+    network_from,
+)
+from evaluations.features import Extractor, Network, Samples, read_samples
+from evaluations.given import check_reference, given, kept_of
+from evaluations.reference import read_reference
+from evaluations.scoring import (
     METRICS,
     PR_MODES,
     Comparison,
-    add_extractor_flags,
+    Metric,
+    check_count,
+    chosen_metrics,
     evaluate,
-    extractor_from,
     settings_of,
 )
-from evaluations.features import Extractor, Samples, open_npz
-from evaluations.reference import read_reference
-from sampling.command import Outcome, sample_from_checkpoint
-from sampling.flags import sampling_parser
+from sampling.command import Features, sample_set, write_features
+from sampling.flags import ABOUT, sampling_parser
+from sampling.needs import NotingParser, refuse_typed
+from sampling.request import Request, request_of
+from sampling.sets import Record, SetFolder, check_file, hashes_of
 
 log = get_logger("evaluations.sampled")
 
+SCORING = ("pr_mode", "features", "inception_weights", "inception_sha256", "classifier")
+"""Flags that need --metrics."""
 
-def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of sample_ddp.py."""
-    parser = sampling_parser()
+
+def flags_parser(program: str = "sample_ddp.py", doc: str = ABOUT) -> NotingParser:
+    """The flags of sample_ddp.py, for it and for programs that make several sets.
+
+    Args:
+        program: that takes them.
+        doc: of the program.
+    """
+    parser = sampling_parser(program, doc)
     group = parser.add_argument_group("scores")
     group.add_argument(
         "--metrics", type=Path, metavar="REF.npz", help="reference to score the images against"
     )
     group.add_argument("--pr-mode", choices=PR_MODES, default="float32", help="default float32")
     add_extractor_flags(group)
-    return parser.parse_args(argv)
+    return parser
 
 
-def sample_and_score(flags: argparse.Namespace, processes: Processes) -> Path | None:
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of sample_ddp.py."""
+    return flags_parser().parse_args(argv)
+
+
+def checked(flags: argparse.Namespace, processes: Processes) -> Request:
+    """What the flags ask for, once everything is refused that needs no weights to be refused.
+
+    Raises:
+        ConfigError: when checkpoint, reference, flags and machine do not fit each other; on every
+            process.
+    """
+    try:
+        request = request_of(flags, processes.device)
+        _check_scores(flags, request)
+    except ConfigError:
+        raise
+    except UserError as error:
+        raise ConfigError(str(error)) from error
+    return request
+
+
+def _check_scores(flags: argparse.Namespace, request: Request) -> None:
+    if flags.metrics is None:
+        refuse_typed(flags, SCORING, "does nothing here; it needs --metrics REF.npz")
+        if flags.save == "none":
+            raise ConfigError("--save: none leaves nothing without --metrics REF.npz")
+        return
+    check_network_flags(flags)
+    network, metrics = network_from(flags), chosen_metrics(flags.features, None)
+    _check_images(request, network, metrics)
+    check_reference(given(flags.metrics, network), network, metrics)
+
+
+def _check_images(request: Request, network: Network, metrics: dict[str, Metric]) -> None:
+    """The network must take the images that the checkpoint makes, and so many of them."""
+    config, count = request.checkpoint.config, request.protocol.num_fid_samples
+    size, classes = config.data.image_size, config.model.num_classes
+    if network.side not in (None, size):
+        raise ConfigError(
+            f"--features: {network.name} needs images of {network.side} x {network.side}, "
+            f"{request.checkpoint.path} makes {size} x {size}"
+        )
+    if "accuracy" in metrics and classes > network.widths["logits"]:
+        raise ConfigError(
+            f"accuracy: {request.checkpoint.path} has {classes} classes, the classifier "
+            f"{network.widths['logits']}"
+        )
+    for metric in metrics.values():
+        check_count(metric, "--num-fid-samples", count)
+
+
+def sample_and_score(flags: argparse.Namespace, processes: Processes) -> Path:
     """Generate the set that the flags ask for; with --metrics, its features and scores as well.
 
-    Features are measured block by block where the images are made, and lie in
-    `<name>.features.npz`, which `evaluations.evaluate` takes in place of the images.
+    Features are measured block by block where the images are made, and stay beside them. A set
+    that was finished before is scored from what it kept.
 
     Returns:
-        The JSON of the set, on the main process.
+        The record of the set.
 
     Raises:
         UserError: when checkpoint, VAE, reference and flags do not fit each other.
     """
+    request = checked(flags, processes)
     if flags.metrics is None:
-        if flags.save == "none":
-            raise UserError("--save: none leaves nothing without --metrics REF.npz")
-        outcome = sample_from_checkpoint(flags, processes)
-        if outcome is not None:
-            outcome.write_record()
-        return None if outcome is None else outcome.record_path
-    with open_npz(flags.metrics):  # hours before it is needed
-        pass
-    with processes.main_first():
-        extractor = extractor_from(flags, processes.device)
-    facts = {"features": extractor.name, "features_sha256": extractor.weights_hash}
-    outcome = sample_from_checkpoint(flags, processes, extractor, facts)
-    if outcome is not None:
-        _score(flags, extractor, outcome)
-    return None if outcome is None else outcome.record_path
+        return sample_set(request, processes, then=_show).record
+    network = network_from(flags)
+    extractor = functools.cache(lambda: extractor_from(flags, processes.device))
+
+    def score(folder: SetFolder, record: Record) -> None:
+        asked = {
+            "reference_sha256": file_hash(flags.metrics),
+            "pr_mode": flags.pr_mode,
+            **network.about,
+        }
+        if any(record.get("scored", {}).get(name) != value for name, value in asked.items()):
+            record = record | _scores(request, folder, record, network, extractor())
+            folder.write_record(record)
+        _show(folder, record)
+
+    features = Features(network.about, extractor)
+    return sample_set(request, processes, features, score).record
 
 
-def _score(flags: argparse.Namespace, extractor: Extractor, outcome: Outcome) -> None:
-    """Keep the features, score them, and add the scores to the record."""
-    result = outcome.result
-    path = outcome.path.with_name(f"{outcome.path.name}.features.npz")
-    with complete_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **result.features, labels=result.labels)
+def _scores(
+    request: Request, folder: SetFolder, record: Record, network: Network, extractor: Extractor
+) -> Record:
+    """Scores of a finished set, and what they depend on; its features are kept."""
+    kept, flags = kept_of(folder, network), request.flags
+    if kept.is_file():
+        check_file(kept, record)
+    samples = read_samples(kept, extractor, request.protocol.per_proc_batch_size)
+    if kept != folder.features:
+        labels = [request.labels(i) for i in range(record["num_samples"])]
+        samples = Samples(samples.features, np.array(labels))
+        about = hashes_of(record) | network.about
+        write_features(folder, samples.features, samples.labels, about)
     reference = read_reference(flags.metrics, extractor)
-    samples = Samples(result.features, result.labels)
-    comparison = Comparison(reference, samples, extractor.name, flags.pr_mode)
-    scores = evaluate(comparison, list(METRICS[extractor.name]))
-    outcome.record |= {"scores": scores} | settings_of(comparison, extractor)
-    outcome.write_record()
-    log.info("%s: features of %d images", path, len(result.labels))
-    for name, value in scores.items():
+    comparison = Comparison(reference, samples, network.name, flags.pr_mode)
+    scores = evaluate(comparison, list(METRICS[network.name]))
+    log.info("%s: features of %d images", folder.features, len(samples.labels))
+    return {"scores": scores, "scored": settings_of(comparison, extractor)}
+
+
+def _show(folder: SetFolder, record: Record) -> None:
+    """Print the scores that a set has."""
+    for name, value in record.get("scores", {}).items():
         sys.stdout.write(f"{name}: {value:.6g}\n")

@@ -2,10 +2,10 @@
 
 Interval search of DiffMoE's threshold (Section 3.4, Table 10): samples and scores one set for each
 gamma and one with the dynamic thresholds, prints C_infer and FID, draws them (as Fig. 7) and names
-the best threshold whose C_infer is at most 1. FLAGS are those of sample_ddp.py.
+the best threshold whose C_infer is at most 1. The picture lies in the folder of the run. FLAGS are
+those of sample_ddp.py.
 """
 
-import argparse
 import dataclasses
 import shutil
 import sys
@@ -14,17 +14,21 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from config.load import dump_config
-from core.command_line import Parser
 from core.distributed import NO_HURRY, processes
 from core.errors import UserError, command
 from core.files import complete_folder
+from core.limits import check_new_folder
 from core.logging import get_logger
 from evaluations.compare import markdown, read_rows
 from evaluations.figures import save_figure
-from evaluations.sampled import parse_flags
-from evaluations.sweep import OTHERS, Combination, run_sets
+from evaluations.sampled import flags_parser
+from evaluations.sweep import Combination, flags_of, run_sets
 from models.pretrained import CONFIG_FILE, Pretrained, load_pretrained
 from models.sealed import MANIFEST_FILE, seal
+from sampling.needs import NotingParser
+from sampling.sets import read_set, set_hash, shared_name
+
+log = get_logger("evaluations.threshold_search")
 
 GAMMAS = (
     *("0.999", "0.99", "0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2", "0.1"),
@@ -80,41 +84,50 @@ def write_checkpoint(pretrained: Pretrained, rule: str, out: Path) -> None:
         seal(folder)
 
 
-def _parse() -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(
-        "evaluations.threshold_search",
-        __doc__,
-        epilog=OTHERS,
-    )
+def _parser() -> NotingParser:
+    parser = flags_parser("evaluations.threshold_search", __doc__)
+    parser.hide("inference", "inference_capacity", "fixed_threshold")
     parser.add_argument("--gammas", default=",".join(GAMMAS), help="default: those of Table 10")
     parser.add_argument("--write", type=Path, help="checkpoint folder to write with the best one")
-    return parser.parse_known_args()
+    parser.require("ckpt", "metrics")
+    return parser
+
+
+def _picture(paths: list[Path]) -> Path:
+    """Beside the sets, named by what they share, and by all of them and their reference."""
+    found = [read_set(path) for path in paths]
+    name = shared_name([folder.path.name for folder, _ in found])
+    marks = [[r["set_sha256"], r["scored"]["reference_sha256"]] for _, r in found]
+    digest = set_hash({"sets": marks})[:8]
+    return found[0][0].path.parent / f"threshold_search-{name}-{digest}.png"
 
 
 @command
 def main() -> None:
     """Parse the command line, search, print and draw."""
-    own, argv = _parse()
-    flags = parse_flags(argv)
-    if flags.metrics is None:
-        raise UserError("--metrics: needed, a reference to score the images against")
-    sets = combinations(tuple(own.gammas.split(",")))
+    parser, argv = _parser(), sys.argv[1:]
+    flags = parser.parse_args(argv)
+    if flags.write is not None:
+        check_new_folder("--write", flags.write)
+    chosen = flags_of(parser, argv, combinations(tuple(flags.gammas.split(","))))
     with processes(flags.device, cpu_threads=1, timeout=NO_HURRY) as group:
-        paths = run_sets(argv, sets, group, flags.sample_dir / "threshold_search.json")
+        paths = run_sets(chosen, group)
         if not group.is_main:
             return
         rows = read_rows(paths)
         score = "FID" if rows[0]["FID"] is not None else "FD-digits"
         shown = [{k: row[k] for k in ("inference", "C_infer", score)} for row in rows]
         sys.stdout.write(markdown(shown) + "\n")
-        save_figure(figure_of(rows, score), flags.sample_dir / "threshold_search.png")
+        picture = _picture(paths)
+        save_figure(figure_of(rows, score), picture)
+        log.info("%s", picture)
         best = best_of(rows, score)
         if best is None:
             raise UserError("threshold_search: no threshold gives C_infer of at most 1")
         sys.stdout.write(f"\nbest with C_infer <= 1: {best['inference']}\n")
-        if own.write is not None:
-            write_checkpoint(load_pretrained(flags.ckpt), best["inference"], own.write)
-            get_logger("evaluations.threshold_search").info("%s", own.write)
+        if flags.write is not None:
+            write_checkpoint(load_pretrained(flags.ckpt), best["inference"], flags.write)
+            log.info("%s", flags.write)
 
 
 if __name__ == "__main__":

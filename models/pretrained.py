@@ -35,13 +35,19 @@ LATENT_FACTS = {"vae_path", "scaling_factor", "shift_factor", "latent_channels",
 
 
 @dataclass
-class Pretrained:
-    """A model with its weights, the config it was trained with, and the checkpoint's state."""
+class Checkpoint:
+    """What a checkpoint says of itself: config, state, and the folder where it lies."""
 
-    model: DiT
     config: Config
     state: dict[str, Any]
     path: Path
+
+
+@dataclass
+class Pretrained(Checkpoint):
+    """A checkpoint with its model, whose weights are read."""
+
+    model: DiT
 
 
 def load_pretrained(
@@ -58,17 +64,31 @@ def load_pretrained(
         UserError: when there is no checkpoint, a file is damaged, or weights, config and `routing`
             do not fit each other.
     """
+    about = read_checkpoint(path, weights, routing)
+    weights_file = weights_path(about.path, weights)
+    check_seal(about.path, (weights_file.name,))
+    model = build_model(about.config.model)
+    load_weights(model, weights_file)
+    return Pretrained(about.config, about.state, about.path, model.eval())
+
+
+def read_checkpoint(
+    path: str | Path, weights: str = "ema", routing: dict[str, Any] | None = None
+) -> Checkpoint:
+    """What `load_pretrained` would give, without the model: no weights are read.
+
+    Args, Raises: as there.
+    """
     folder = find_checkpoint(Path(path))
-    check_seal(folder, (CONFIG_FILE, STATE_FILE, weights_path(folder, weights).name))
+    check_seal(folder, (CONFIG_FILE, STATE_FILE))
     config = load_config(folder / CONFIG_FILE)
     if routing:
         config.model.feed_forward = _rerouted(config.model.feed_forward, routing)
         validate(config, world_size=None)
-    model = build_model(config.model)
     if not weights_path(folder, weights).exists():
+        check_seal(folder, (weights_path(folder, weights).name,))  # were they there?
         raise unknown_name(f"{folder}: weights", weights, weights_names(folder))
-    load_weights(model, weights_path(folder, weights))
-    return Pretrained(model.eval(), config, read_state(folder), folder)
+    return Checkpoint(config, read_state(folder), folder)
 
 
 def _rerouted(layer: FeedForwardConfig, routing: dict[str, Any]) -> FeedForwardConfig:

@@ -1,125 +1,158 @@
 """The work of sample_ddp.py: a set of images from a checkpoint, and the record of it."""
 
-import argparse
-import dataclasses
-import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from config.load import to_plain
-from config.protocol import Protocol
 from core.distributed import Processes
-from core.errors import UserError
-from core.files import complete_file, file_hash
+from core.errors import ConfigError, UserError
+from core.files import complete_file
+from core.locks import exclusive
 from core.logging import get_logger, quiet_other_processes
 from core.precision import set_tf32
-from data.vae import KNOWN_NAMES, VAE, PixelSpace, open_vae, to_uint8
-from models.pretrained import Pretrained, load_pretrained
-from models.sealed import MANIFEST_FILE
-from sampling.flags import resolve, routing_of
+from data.vae import VAE, PixelSpace, open_vae, to_uint8
+from models.pretrained import Checkpoint, Pretrained, load_pretrained
+from sampling.flags import routing_of
 from sampling.generate import Measure, Sampler, SampleSet, SetPlan, generate_set
 from sampling.grid import image_grid, save_png
-from sampling.labels import LABELS, Labels, chosen_labels
-from transport.ode import ADAPTIVE
+from sampling.request import Request
+from sampling.sets import Record, SetFolder, hashes_of, read_set
 
 log: logging.Logger = get_logger("sample")
 
+Measured = dict[str, str | None]
+NOT_MEASURED: Measured = {"features": None, "features_sha256": None}
+"""What features the blocks of a set hold: name of the network, hash of its weights."""
 
-@dataclass
-class Outcome:
-    """A finished set.
+Then = Callable[[SetFolder, Record], None]
+"""What the main process does with a finished set while nobody else can touch it."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is measured of the images.
 
     Attributes:
-        result: images and features.
-        path: of the files that were written, without suffix.
-        record: every setting, for `path`.json.
+        about: name and hash of the network.
+        open: gives the network; called when images are made.
     """
 
-    result: SampleSet
-    path: Path
-    record: dict[str, Any]
-
-    @property
-    def record_path(self) -> Path:
-        """`path`.json."""
-        return self.path.with_name(f"{self.path.name}.json")
-
-    def write_record(self) -> None:
-        """Write the record."""
-        with complete_file(self.record_path) as temporary:
-            temporary.write_text(json.dumps(self.record, indent=2) + "\n")
+    about: Measured
+    open: Callable[[], Measure]
 
 
-def sample_from_checkpoint(
-    flags: argparse.Namespace,
+def sample_set(
+    request: Request,
     processes: Processes,
-    measure: Measure | None = None,
-    measured: dict[str, str] | None = None,
-) -> Outcome | None:
-    """Generate the set that the flags ask for; the main process writes images and a grid.
+    features: Features | None = None,
+    then: Then | None = None,
+) -> SetFolder:
+    """The set that is asked for, finished: generated, gone on with, or there already.
 
     Args:
-        flags: of the command line.
+        request: of the command line.
         processes: all of which call this.
-        measure: makes features of the images, where they are wanted.
-        measured: what these features are, for the record.
+        features: wanted of the images.
+        then: called by the main process at last.
 
     Raises:
-        UserError: when checkpoint, VAE and flags do not fit each other.
+        UserError: the set is another one's, in use, or does not fit checkpoint and VAE.
     """
     quiet_other_processes(processes)
-    pretrained = load_pretrained(flags.ckpt, flags.weights, routing_of(flags))
-    if flags.capacity and not pretrained.config.model.moe_blocks():
-        raise UserError(
-            f"--capacity: {pretrained.path} is a dense model, without routing to record"
+    set_tf32(request.protocol.tf32)
+    vae = open_vae(request.protocol.vae, processes.device)
+    _check_vae(vae, request.checkpoint)
+    settings = request.settings(vae)
+    about = NOT_MEASURED if features is None else features.about
+
+    def finished() -> bool:
+        return _agreed(
+            processes,
+            lambda: request.folder.is_finished(settings, about, request.flags.overwrite),
         )
-    protocol = resolve(flags, pretrained)
-    set_tf32(protocol.tf32)
-    vae = open_vae(protocol.vae, processes.device)
-    _check_vae(vae, pretrained)
-    sampler = Sampler.of(pretrained, protocol.sampling, flags.global_seed, processes.device)
-    sampler.record = flags.capacity
-    num_classes = max(pretrained.config.model.num_classes, 1)
-    settings = _settings(flags, pretrained, protocol, vae) | (measured or {})
+
+    making = None
+    if not finished():  # whatever cannot be read is refused before there is a folder
+        pretrained = load_pretrained(
+            request.checkpoint.path, request.flags.weights, routing_of(request.flags)
+        )
+        with processes.main_first():
+            measure = None if features is None else features.open()
+        making = pretrained, measure
+    with exclusive(request.folder.path, "--sample-dir", processes):
+        if processes.is_main:
+            request.folder.tidy()
+        if finished():
+            log.info("%s: finished before; nothing is sampled", request.folder.path)
+        elif making is not None:
+            _make(request, settings, about, vae, making, processes)
+        else:
+            raise ConfigError(f"--sample-dir: {request.folder.path} was replaced meanwhile")
+        if then is not None and processes.is_main:
+            then(*read_set(request.folder.path))
+    return request.folder
+
+
+def _agreed(processes: Processes, ask: Callable[[], bool]) -> bool:
+    """The main process's answer, on every process; so is its refusal."""
+    answer, refusal = False, None
+    if processes.is_main:
+        try:
+            answer = ask()
+        except UserError as error:
+            refusal = str(error)
+    answer, refusal = processes.from_main((answer, refusal))
+    if refusal is not None:
+        raise ConfigError(refusal)
+    return answer
+
+
+def _make(
+    request: Request,
+    settings: Record,
+    about: Measured,
+    vae: VAE | PixelSpace,
+    making: tuple[Pretrained, Measure | None],
+    processes: Processes,
+) -> None:
+    """Generate what is missing; the main process writes what belongs to the set, and the record."""
+    (pretrained, measure), protocol = making, request.protocol
+    sampler = Sampler.of(pretrained, protocol.sampling, request.flags.global_seed, processes.device)
+    sampler.record = request.flags.capacity
+    record = request.record(settings, vae)
     plan = SetPlan(
-        _labels(flags, protocol, pretrained.config.model.num_classes),
+        request.labels,
         protocol.num_fid_samples,
         protocol.per_proc_batch_size,
-        flags.sample_dir / _name(flags, pretrained, protocol),
-        flags.save,
-        num_classes,
-        settings,
+        request.folder,
+        request.flags.save,
+        max(pretrained.config.model.num_classes, 1),
+        hashes_of(record),
     )
+    if processes.is_main:
+        request.folder.begin(settings, about)
+    processes.barrier()
     began = time.perf_counter()
 
     def decode(latents: Tensor) -> Tensor:
         return to_uint8(vae.decode(latents), protocol.pixels)
 
     result = generate_set(sampler, decode, measure, plan, processes)
-    if result is None:
-        return None
-    seconds = time.perf_counter() - began
-    return _report(plan, result, settings | _measured(result, seconds, processes))
+    if result is not None:
+        seconds = time.perf_counter() - began
+        _write(plan, result, about)
+        request.folder.write_record(record | _measured(result, seconds, processes))
+        request.folder.tidy()  # the blocks are not needed any more
 
 
-def _labels(flags: argparse.Namespace, protocol: Protocol, num_classes: int) -> Labels:
-    """The class of each sample."""
-    if flags.classes is None:
-        return LABELS[protocol.labels](num_classes, flags.global_seed, protocol.num_fid_samples)
-    return chosen_labels(flags.classes, flags.num_per_class)
-
-
-def _check_vae(vae: VAE | PixelSpace, pretrained: Pretrained) -> None:
+def _check_vae(vae: VAE | PixelSpace, checkpoint: Checkpoint) -> None:
     """The decoder must read latents of the scale that the model was trained on."""
-    latents = pretrained.state["latents"]
+    latents = checkpoint.state["latents"]
     if latents is None:  # an imported checkpoint does not say
         return
     for name, here in (
@@ -128,76 +161,12 @@ def _check_vae(vae: VAE | PixelSpace, pretrained: Pretrained) -> None:
         ("latent_channels", vae.latent_channels),
     ):
         if here != latents[name]:
-            raise UserError(
+            raise ConfigError(
                 f"--vae: {vae.path} has {name} {here}, the checkpoint's latents {latents[name]}"
             )
 
 
-def _name(flags: argparse.Namespace, pretrained: Pretrained, protocol: Protocol) -> str:
-    """Names the settings that most sets differ in, and every other one that is not the default."""
-    settings, plain = protocol.sampling, Protocol()
-    vae, own = (KNOWN_NAMES.get(v, v) for v in (protocol.vae, pretrained.config.data.vae_path))
-    named = ("sampler", "num_steps", "cfg_scale")
-    others = [f.name for f in dataclasses.fields(settings) if f.name not in named]
-    steps = "" if settings.sampler in ADAPTIVE else settings.num_steps
-    parts = [
-        pretrained.path.name,
-        flags.weights,
-        f"{settings.sampler}{steps}",
-        f"cfg{settings.cfg_scale:g}",
-        f"b{protocol.per_proc_batch_size}",
-        *_differing(settings, plain.sampling, others),
-        *([] if vae == own else [f"vae={vae.rstrip('/').rpartition('/')[2]}"]),
-        *_differing(protocol, plain, ("labels", "pixels", "tf32")),
-        *(f"{key}={value}" for key, value in routing_of(flags).items()),
-        *([] if flags.classes is None else [f"classes={','.join(map(str, flags.classes))}"]),
-        f"seed{flags.global_seed}",
-        f"n{protocol.num_fid_samples}",
-    ]
-    return "-".join(parts)
-
-
-def _differing(values: Any, plain: Any, names: Iterable[str]) -> list[str]:
-    """`key=value` of the fields `names` that are not as in `plain`."""
-    changed = {k: getattr(values, k) for k in names if getattr(values, k) != getattr(plain, k)}
-    texts = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in changed.items()}
-    return [f"{key}={text}" for key, text in texts.items()]
-
-
-def _settings(
-    flags: argparse.Namespace, pretrained: Pretrained, protocol: Protocol, vae: VAE | PixelSpace
-) -> dict[str, Any]:
-    """Everything that decides the images, but for the hardware."""
-    labels = protocol.labels if flags.classes is None else f"{flags.num_per_class} of each class"
-    return {
-        "checkpoint": str(pretrained.path),
-        "checkpoint_sha256": file_hash(pretrained.path / MANIFEST_FILE),
-        "step": pretrained.state["step"],
-        "weights": flags.weights,
-        "num_samples": protocol.num_fid_samples,
-        "image_size": pretrained.config.data.image_size,
-        "objective": pretrained.config.objective.name,
-        "feed_forward": pretrained.config.model.feed_forward.name,
-        "protocol": flags.protocol,
-        **dataclasses.asdict(protocol.sampling),
-        "per_proc_batch_size": protocol.per_proc_batch_size,
-        "global_seed": flags.global_seed,
-        "noise": "one generator for each (seed, index)",
-        "labels": labels,
-        "classes": flags.classes,
-        "pixels": protocol.pixels,
-        "vae": vae.path,
-        "vae_sha256": vae.weights_hash(),
-        "save": flags.save,
-        "capacity": flags.capacity,
-        "tf32": protocol.tf32,
-        "dtype": "float32",
-        "class_names": (pretrained.state["latents"] or {}).get("class_names", []),
-        "config": to_plain(dataclasses.asdict(pretrained.config)),
-    }
-
-
-def _measured(result: SampleSet, seconds: float, processes: Processes) -> dict[str, Any]:
+def _measured(result: SampleSet, seconds: float, processes: Processes) -> Record:
     """What the run found."""
     return {
         "nfe": result.nfe,
@@ -211,16 +180,29 @@ def _measured(result: SampleSet, seconds: float, processes: Processes) -> dict[s
     }
 
 
-def _report(plan: SetPlan, result: SampleSet, record: dict[str, Any]) -> Outcome:
-    """The grid of the first images beside the set; the record is left to be written."""
-    save_png(image_grid(result.first), plan.path.with_name(f"{plan.path.name}.png"))
+def _write(plan: SetPlan, result: SampleSet, about: Measured) -> None:
+    """The grid of the first images, features and where the computation went."""
+    folder = plan.folder
+    save_png(image_grid(result.first), folder.grid, plan.hashes)
+    if result.features:
+        write_features(folder, result.features, result.labels, plan.hashes | about)
     if result.routing is not None:
-        out = plan.path.with_name(f"{plan.path.name}.capacity.npz")
-        with complete_file(out) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **vars(result.routing), labels=result.labels)
+        arrays = vars(result.routing) | {"labels": result.labels} | plan.hashes
+        with complete_file(folder.routing) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **arrays)
     capacity = "none" if result.capacity is None else f"{result.capacity:.3f}"
     log.info(
         "%s: %d images, NFE %g, mean C_infer %s",
-        *(plan.path, len(result.labels), result.nfe, capacity),
+        *(folder.path, len(result.labels), result.nfe, capacity),
     )
-    return Outcome(result, plan.path, record)
+
+
+def write_features(
+    folder: SetFolder,
+    features: dict[str, np.ndarray],
+    labels: np.ndarray,
+    about: dict[str, str | None],
+) -> None:
+    """Keep features (N, D) by name, the classes (N,), and which set and network they are of."""
+    with complete_file(folder.features) as temporary, temporary.open("wb") as file:
+        np.savez(file, **features, labels=labels, **about)

@@ -8,19 +8,27 @@ from typing import Any, get_args, get_type_hints
 from config.objective import SAMPLERS, SamplingConfig
 from config.protocol import Protocol, known_protocols, load_protocol
 from config.validate import validate
-from core.command_line import Parser, positive
-from core.errors import UserError
-from models.pretrained import Pretrained
+from core.command_line import positive
+from core.errors import ConfigError
+from models.pretrained import Checkpoint
 from sampling.generate import SAVE
+from sampling.needs import Choice, NotingParser, check_needs
 
 RENAMED = {"num_sampling_steps": "num_steps"}
 """Published flags of sampling settings that have another name in a config."""
 
 
-def sampling_parser() -> argparse.ArgumentParser:
-    """The flags of sampling; those left out come from the protocol or the checkpoint."""
-    about = "Flags override the --protocol, which overrides the checkpoint's config."
-    parser = Parser("sample_ddp.py", about)
+ABOUT = "Flags override the --protocol, which overrides the checkpoint's config."
+
+
+def sampling_parser(program: str = "sample_ddp.py", doc: str = ABOUT) -> NotingParser:
+    """The flags of sampling; those left out come from the protocol or the checkpoint.
+
+    Args:
+        program: that takes them.
+        doc: of the program.
+    """
+    parser = NotingParser(program, doc)
     add = parser.add_argument
     add("--ckpt", type=Path, required=True, help="checkpoint folder, or a run: its newest")
     add("--protocol", help=f"settings of a published evaluation: {', '.join(known_protocols())}")
@@ -38,7 +46,13 @@ def sampling_parser() -> argparse.ArgumentParser:
     add("--pixels", choices=["adm", "dit", "jit"], help="rule of rounding to uint8; default dit")
     add("--global-seed", type=int, default=0, help="of noise and labels; default 0")
     add("--vae", help="mse, ema, a hub id or a local folder; default: the checkpoint's")
-    add("--sample-dir", type=Path, default=Path("samples"), help="for the files; default samples")
+    add(
+        "--sample-dir",
+        type=Path,
+        default=Path("samples"),
+        help="folder of the sets, each in <run>/<set> there; default samples",
+    )
+    add("--overwrite", action="store_true", help="replace a finished set, or one of other settings")
     add(
         "--tf32",
         action=argparse.BooleanOptionalAction,
@@ -91,33 +105,23 @@ def routing_of(flags: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(flags, key) for key in ROUTING if getattr(flags, key) is not None}
 
 
-def resolve(flags: argparse.Namespace, pretrained: Pretrained) -> Protocol:
+def resolve(flags: argparse.Namespace, checkpoint: Checkpoint) -> Protocol:
     """Everything that decides the images of a checkpoint, checked.
 
     Raises:
-        UserError: when checkpoint, protocol and flags do not fit each other.
+        ConfigError: when checkpoint, protocol and flags do not fit each other, or a flag would do
+            nothing.
     """
-    config = pretrained.config
-    for flag, value, own in (
-        ("--image-size", flags.image_size, config.data.image_size),
-        ("--num-classes", flags.num_classes, config.model.num_classes),
-    ):
-        if value is not None and value != own:
-            raise UserError(f"{flag}: {value} is not allowed; {pretrained.path} has {own}")
-    unknown = [c for c in flags.classes or [] if not 0 <= c < max(config.model.num_classes, 1)]
-    if unknown:
-        raise UserError(
-            f"--classes: {unknown[0]} is not in 0 ... {config.model.num_classes - 1}, the classes "
-            f"of {pretrained.path}"
-        )
+    config = checkpoint.config
+    _check_facts(flags, checkpoint)
     name = config.objective.name
     protocol = Protocol(objective_name=name, sampling=config.sampling)
     if flags.protocol is not None:
         protocol = load_protocol(flags.protocol)
         if protocol.objective_name != name:
-            raise UserError(
+            raise ConfigError(
                 f"--protocol: {flags.protocol} is for objective {protocol.objective_name}, "
-                f"{pretrained.path} was trained with {name}"
+                f"{checkpoint.path} was trained with {name}"
             )
     given = _given(flags, SamplingConfig)
     changes = _given(flags, Protocol) | {
@@ -127,12 +131,29 @@ def resolve(flags: argparse.Namespace, pretrained: Pretrained) -> Protocol:
         changes["num_fid_samples"] = len(flags.classes) * flags.num_per_class
     protocol = dataclasses.replace(protocol, **changes)
     validate(dataclasses.replace(config, sampling=protocol.sampling), world_size=None)
+    check_needs(Choice(flags, config, protocol.sampling))
     if config.data.vae_path is None and protocol.vae is not None:
         source = "--vae" if flags.vae is not None else f"--protocol {flags.protocol}: vae"
-        raise UserError(
-            f"{source}: {protocol.vae}, but {pretrained.path} makes pixels; it has none"
+        raise ConfigError(
+            f"{source}: {protocol.vae}, but {checkpoint.path} makes pixels; it has none"
         )
     return dataclasses.replace(protocol, vae=protocol.vae or config.data.vae_path)
+
+
+def _check_facts(flags: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """What the flags say of the checkpoint must be so."""
+    size, classes = checkpoint.config.data.image_size, checkpoint.config.model.num_classes
+    has = f"{checkpoint.path} has {classes}" if classes else f"{checkpoint.path} has no classes"
+    if flags.image_size not in (None, size):
+        raise ConfigError(
+            f"--image-size: {flags.image_size} is not allowed; {checkpoint.path} has {size}"
+        )
+    if flags.num_classes not in (None, classes):
+        raise ConfigError(f"--num-classes: {flags.num_classes} is not allowed; {has}")
+    for label in flags.classes or []:
+        if not 0 <= label < max(classes, 1):
+            allowed = f"0 ... {classes - 1}" if classes else "0 alone"
+            raise ConfigError(f"--classes: {label} is not allowed; {has}; allowed: {allowed}")
 
 
 def _given(flags: argparse.Namespace, kind: type) -> dict[str, Any]:
@@ -148,7 +169,10 @@ def _choices(field: str) -> tuple[str, ...]:
 
 
 def _classes(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list such as 207,360") from None
 
 
 def _known_samplers() -> str:

@@ -5,12 +5,9 @@ the last one is computed full, then cut: a sample never depends on how many proc
 although DiffMoE's routing depends on the batch.
 """
 
-import json
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,6 +27,7 @@ from sampling.guidance import CapacityMeter, Guided
 from sampling.labels import Labels
 from sampling.objectives import build_objective
 from sampling.recorder import RoutingRecorder, RoutingTable
+from sampling.sets import SetFolder, mark
 
 GRID_IMAGES = 100
 
@@ -108,28 +106,19 @@ class SetPlan:
         labels: the class of each sample.
         num_samples: N.
         block_size: B, samples per forward pass of a process.
-        path: of the files that are written, without suffix.
+        folder: where it lies, with the settings of its blocks.
         save: one of SAVE.
         num_classes: K.
-        settings: everything else that decides the images; a run goes on only with the same.
+        hashes: of checkpoint and set, by the names that files carry them under.
     """
 
     labels: Labels
     num_samples: int
     block_size: int
-    path: Path
+    folder: SetFolder
     save: str
     num_classes: int
-    settings: dict
-
-    @property
-    def parts(self) -> Path:
-        """Folder of the blocks that are done."""
-        return self.path.parent / f".{self.path.name}.parts"
-
-    def part(self, first: int) -> Path:
-        """File of the block that starts at index `first`."""
-        return self.parts / f"{first:09d}.npz"
+    hashes: dict[str, str]
 
 
 @dataclass
@@ -165,7 +154,8 @@ def generate_set(
 ) -> SampleSet | None:
     """Generate what `plan` says, a file for each finished block; the main process gets the result.
 
-    A run that was killed is taken up again: only blocks without a file are made.
+    A run that was killed is taken up again: only blocks without a file are made. The blocks stay,
+    for the caller to remove when everything that is made of them is written.
 
     Args:
         sampler: makes the latents.
@@ -177,8 +167,7 @@ def generate_set(
     blocks = range(0, plan.num_samples, plan.block_size)
     missing = None
     if processes.is_main:
-        _prepare(plan)
-        missing = [first for first in blocks if not plan.part(first).exists()]
+        missing = [first for first in blocks if not plan.folder.part(first).exists()]
     missing = processes.from_main(missing)
 
     def kept(first: int) -> int:
@@ -193,23 +182,7 @@ def generate_set(
     processes.barrier()
     if not processes.is_main:
         return None
-    result = _assemble(plan, blocks, sum(kept(first) for first in missing))
-    shutil.rmtree(plan.parts)
-    return result
-
-
-def _prepare(plan: SetPlan) -> None:
-    """Make the folder of blocks, unless one with the same settings is there."""
-    about, settings = plan.parts / "settings.json", json.loads(json.dumps(plan.settings))
-    try:
-        if json.loads(about.read_text()) == settings:
-            return
-    except (OSError, ValueError):
-        pass
-    shutil.rmtree(plan.parts, ignore_errors=True)
-    plan.parts.mkdir(parents=True)
-    with complete_file(about) as temporary:
-        temporary.write_text(json.dumps(settings))
+    return _assemble(plan, blocks, sum(kept(first) for first in missing))
 
 
 def _write_block(
@@ -234,14 +207,13 @@ def _write_block(
         features = measure(images)
         arrays |= {f"feature {name}": x.float().cpu().numpy() for name, x in features.items()}
     if plan.save == "images":
-        plan.path.mkdir(parents=True, exist_ok=True)
         for index, image in zip(indices, images, strict=False):
-            save_png(image, plan.path / f"{index:06d}.png")
+            save_png(image, plan.folder.image(index), plan.hashes)
     seen = len(images) if plan.save == "npz" else max(0, min(GRID_IMAGES - first, kept))
     arrays["images"] = images[:seen].numpy()
     if sampler.record:
         arrays |= {f"routing {k}": v for k, v in cost.model.arrays(kept).items()}
-    with complete_file(plan.part(first)) as temporary, temporary.open("wb") as file:
+    with complete_file(plan.folder.part(first)) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -253,10 +225,10 @@ def _assemble(plan: SetPlan, blocks: range, made: int) -> SampleSet:
     with ExitStack() as stack:
         archive = None
         if plan.save == "npz":
-            out = plan.path.with_name(f"{plan.path.name}.npz")
-            archive = stack.enter_context(NpzWriter(stack.enter_context(complete_file(out))))
+            out = stack.enter_context(complete_file(plan.folder.archive))
+            archive = stack.enter_context(NpzWriter(out))
         for block in blocks:
-            with np.load(plan.part(block)) as part:
+            with np.load(plan.folder.part(block)) as part:
                 arrays = dict(part)
             images = arrays.pop("images")
             first.extend(images[: max(0, GRID_IMAGES - len(first))])
@@ -274,6 +246,7 @@ def _assemble(plan: SetPlan, blocks: range, made: int) -> SampleSet:
         if archive is not None:
             archive.begin("labels", whole["labels"].dtype, whole["labels"].shape)
             archive.append(whole["labels"])
+            mark(archive, plan.hashes)
     capacity = float(whole["capacity"].mean()) if len(whole["capacity"]) else None
     features = _pop(whole, "feature ")
     shown = torch.from_numpy(np.stack(first))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from core.files import complete_file
@@ -30,7 +31,10 @@ def image_grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Tens
     return grid
 
 
-def save_png(grid: Tensor, path: str | Path) -> None:
-    """Write a picture (H, W, 3) uint8."""
+def save_png(grid: Tensor, path: str | Path, texts: dict[str, str] | None = None) -> None:
+    """Write a picture (H, W, 3) uint8, with texts by name in its metadata."""
+    about = PngInfo()
+    for name, text in (texts or {}).items():
+        about.add_text(name, text)
     with complete_file(Path(path)) as temporary:
-        Image.fromarray(grid.numpy()).save(temporary, format="png")
+        Image.fromarray(grid.numpy()).save(temporary, format="png", pnginfo=about)

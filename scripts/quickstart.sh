@@ -71,13 +71,13 @@ stage $shared/reference.npz "A reference: statistics of the training digits, and
     python -m evaluations.make_reference $shared/images/train $shared/reference.npz \
     --image-size 32 --pr-images $shared/images/val --num-workers 0 $features
 for scale in 1 2; do
-    set="$run/samples/$checkpoint-ema-*-cfg$scale-*"
-    stage "$set.json" "Sample 500 digits at guidance $scale, and score them" \
+    set="$run/samples/*/$checkpoint-ema-*-cfg$scale-*"
+    stage "$set/set.json" "Sample 500 digits at guidance $scale, and score them" \
         $launch sample_ddp.py --ckpt "$train" --image-size 32 --num-fid-samples 500 \
         --per-proc-batch-size 125 --cfg-scale $scale --sample-dir "$run/samples" \
         --metrics $shared/reference.npz $features --capacity
-    stage "$set.experts.png" "Where the computation goes at guidance $scale" \
-        python -m evaluations.capacity $set.json
+    stage "$set/experts.png" "Where the computation goes at guidance $scale" \
+        python -m evaluations.capacity $set
 done
 stage $shared/heldout.json "Score the held-out digits for comparison" \
     python -m evaluations.evaluate $shared/reference.npz $shared/images/val $features \

@@ -14,7 +14,7 @@ from safetensors import safe_open
 def main(shared: Path, run: Path) -> None:
     """Read the records and print one line for each figure."""
     entries = [json.loads(line) for line in (run / "train/metrics.jsonl").read_text().splitlines()]
-    sets = [p for p in sorted(run.glob("samples/*.json")) if ".capacity" not in p.name]
+    sets = sorted(run.glob("samples/*/*/set.json"))
     records = {path: json.loads(path.read_text()) for path in sets}
     heldout = json.loads((shared / "heldout.json").read_text())
     rates = sorted(entry["images_per_second"] for entry in entries)
@@ -25,7 +25,9 @@ def main(shared: Path, run: Path) -> None:
         ("loss, last steps", f"{entries[-1]['loss/loss']:.4f}"),
         ("training images/s (median)", f"{rates[len(rates) // 2]:.0f}"),
     ]
-    for record in records.values():
+    for path, record in records.items():
+        if "scores" not in record:  # stopped in between
+            sys.exit(f"error: {path} has no scores; remove {path.parent} and start again")
         scores, at = record["scores"], f"guidance {record['cfg_scale']:g}"
         rows += [
             (f"mean C_infer, {at}", f"{record['capacity_infer']:.3f}"),
@@ -40,8 +42,8 @@ def main(shared: Path, run: Path) -> None:
     rows.append(("classifier on held-out digits", f"{about['record']['heldout_accuracy']:.4f}"))
     width = max(len(name) for name, _ in rows)
     sys.stdout.write("\n" + "\n".join(f"{n:<{width}}  {v:>8}" for n, v in rows) + "\n")
-    grids = ", ".join(str(path.with_suffix(".png")) for path in records)
-    grids += f"; where the computation goes: {run / 'samples'}/*.experts.png and its like"
+    grids = ", ".join(str(path.with_name("grid.png")) for path in records)
+    grids += "; where the computation goes: experts.png and its like beside them"
     sys.stdout.write(f"\nPictures: {grids}\nTensorBoard: tensorboard --logdir {run / 'train'}\n")
 
 

@@ -39,8 +39,7 @@ def run_training(config, run_dir, *flags):
 def run_sampling(ckpt, out, *flags):
     argv = ["--ckpt", ckpt, "--sample-dir", out, "--num-fid-samples", 5]
     argv += ["--per-proc-batch-size", 4, *flags]
-    sample_and_score(parse_flags([str(a) for a in argv]), ALONE)
-    return json.loads(next(out.glob("*.json")).read_text())
+    return json.loads(sample_and_score(parse_flags([str(a) for a in argv]), ALONE).read_text())
 
 
 def torchrun(processes, *argv):
@@ -72,7 +71,7 @@ def test_every_layer_trains_and_samples_with_every_objective(
         assert record["capacity_infer"] is None
     if layer in ("token_choice", "expert_choice"):
         assert record["capacity_infer"] == pytest.approx(1.0)
-    with np.load(next((tmp_path / "samples").glob("*.npz"))) as samples:
+    with np.load(next((tmp_path / "samples").glob("*/*/samples.npz"))) as samples:
         assert samples["arr_0"].shape == (5, 16, 16, 3)
 
 
@@ -90,7 +89,7 @@ def test_images_without_classes_at_another_size(make_cache, tiny_config, tmp_pat
     run_dir = run_training(tiny_config, tmp_path / "run", *argv)
     record = run_sampling(run_dir, tmp_path / "samples")
     assert record["num_samples"] == 5
-    with np.load(next((tmp_path / "samples").glob("*.npz"))) as samples:
+    with np.load(next((tmp_path / "samples").glob("*/*/samples.npz"))) as samples:
         assert samples["arr_0"].shape == (5, 24, 24, 3)
     with pytest.raises(UserError, match=r"cfg_scale: 2\.0 needs classes"):
         run_sampling(run_dir, tmp_path / "more", "--cfg-scale", 2)
@@ -161,15 +160,20 @@ def test_flags_override_the_checkpoints_settings(trained, tmp_path):
 
 def test_names_of_sets_differ_where_their_settings_do(trained, tmp_path):
     """One folder takes sets of any settings without one replacing another."""
-    plain = ["--cfg-scale", 1]
+    plain, steps = ["--cfg-scale", 1], ["--num-sampling-steps", 2]
     variants = [
-        *([], ["--cfg-scale", 2], ["--cfg-scale", 2, "--cfg-channels", "first3"]),
-        *(["--per-proc-batch-size", 2], ["--pixels", "adm"], ["--labels", "balanced"]),
-        *(["--sampler", "dopri5"], ["--sampler", "dopri5", "--overshoot"]),
+        *(
+            steps,
+            [*steps, "--cfg-scale", 2],
+            [*steps, "--cfg-scale", 2, "--cfg-channels", "first3"],
+        ),
+        *([*steps, "--per-proc-batch-size", 2], [*steps, "--pixels", "adm"]),
+        *([*steps, "--labels", "balanced"], ["--sampler", "dopri5"]),
+        ["--sampler", "dopri5", "--overshoot"],
     ]
     for flags in variants:
-        run_sampling(trained, tmp_path, "--num-sampling-steps", 2, *plain, *flags)
-    records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+        run_sampling(trained, tmp_path, *plain, *flags)
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/set.json")]
     assert len(records) == len(variants)
     assert {r["nfe"] for r in records if r["sampler"] == "euler"} == {2, 4}
 
@@ -239,9 +243,9 @@ def test_one_and_two_processes_train_alike_and_sample_the_same_images(
         flags = ["--ckpt", trained, "--sample-dir", out, "--num-fid-samples", 10]
         flags += ["--per-proc-batch-size", 4, "--device", "cpu", "--image-size", 16]
         torchrun(count, "sample_ddp.py", *flags)
-        archives.append(np.load(next(out.glob("*.npz"))))
-        assert next(out.glob("*.png")).stat().st_size > 0
-        assert json.loads(next(out.glob("*.json")).read_text())["world_size"] == count
+        archives.append(np.load(next(out.glob("*/*/samples.npz"))))
+        assert next(out.glob("*/*/grid.png")).stat().st_size > 0
+        assert json.loads(next(out.glob("*/*/set.json")).read_text())["world_size"] == count
     assert len(archives[0]["arr_0"]) == 10
     np.testing.assert_array_equal(archives[0]["arr_0"], archives[1]["arr_0"])
     np.testing.assert_array_equal(archives[0]["labels"], archives[1]["labels"])
@@ -269,25 +273,25 @@ def test_scores_do_not_depend_on_processes_or_kills(trained, scoring, tmp_path):
     )
     parts = folders[2].glob
     end = time.monotonic() + 120
-    while not list(parts(".*.parts/0*.npz")):
+    while not list(parts("*/*/parts/0*.npz")):
         assert time.monotonic() < end
         time.sleep(0.002)
     ranks = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     for pid in (launcher.pid, *map(int, ranks)):
         os.kill(pid, signal.SIGKILL)
     launcher.wait()
-    done = len(list(parts(".*.parts/0*.npz")))
+    done = len(list(parts("*/*/parts/0*.npz")))
     assert 1 <= done < 5
     torchrun(1, *base, "--sample-dir", folders[2])
-    sets = [dict(np.load(next(folder.glob("*.features.npz")))) for folder in folders]
-    records = [json.loads(next(folder.glob("*.json")).read_text()) for folder in folders]
+    sets = [dict(np.load(next(folder.glob("*/*/features.npz")))) for folder in folders]
+    records = [json.loads(next(folder.glob("*/*/set.json")).read_text()) for folder in folders]
     assert sets[0]["pool"].shape == (10, 2048)
     for other, record in zip(sets[1:], records[1:], strict=True):
         for name, values in sets[0].items():
             np.testing.assert_array_equal(values, other[name])
         assert record["scores"] == records[0]["scores"]
     assert set(records[0]["scores"]) == {"FID", "sFID", "IS", "precision", "recall"}
-    assert not list(folders[0].glob("*step*[0-9].npz"))
+    assert not list(folders[0].glob("*/*/samples.npz"))
 
 
 def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
@@ -297,7 +301,7 @@ def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
     marks = {"accuracy": 0.5, "precision": 0.25, "recall": 0.125, "FD-digits": 2.0}
     for scale in (1, 2):
         run_sampling(trained, run / "samples", "--cfg-scale", scale)
-    for path in (run / "samples").glob("*.json"):
+    for path in (run / "samples").glob("*/*/set.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"scores": marks}))
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -75,14 +75,14 @@ def test_a_new_layer_trains_resumes_samples_and_is_drawn(text, file, layer, tiny
     assert 0 < entries[-1]["mfu"] < 1
     sample = ["sample_ddp.py", "--ckpt", out, "--num-fid-samples", 4, "--per-proc-batch-size", 2]
     run(tree, *sample, "--sample-dir", out / "samples", "--capacity")
-    (record,) = (p for p in (out / "samples").glob("*.json") if ".capacity" not in p.name)
+    (record,) = (out / "samples").glob("*/*/set.json")
     assert json.loads(record.read_text())["capacity_infer"] == 1.0
     report = json.loads(run(tree, "-m", "models.summary", *chosen, "--json"))
     assert report["roles"]["routed experts"] > 0
     assert report["activated"]["C=1"] < report["total"]
-    assert "activated parameters" in run(tree, "-m", "evaluations.capacity", record)
-    assert len(list((out / "samples").glob("*.experts.png"))) == 1
-    table = run(tree, "-m", "evaluations.compare", record, "--runs", out, "--out", out)
+    assert "activated parameters" in run(tree, "-m", "evaluations.capacity", record.parent)
+    assert len(list((out / "samples").glob("*/*/experts.png"))) == 1
+    table = run(tree, "-m", "evaluations.compare", record.parent, "--runs", out, "--out", out)
     assert "| run | 4 |" in table
     assert "--model.feed_forward.name {" in run(tree, "train.py", *chosen, "--help")
 

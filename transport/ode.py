@@ -36,7 +36,7 @@ def solve(
         x: (B, ...), or several such tensors.
         grid: (K,) rising or falling times. Methods with fixed steps step along it, adaptive ones
             choose their own steps from its first to its last time.
-        method: `heun`, `heun_euler`, or any method of torchdiffeq.
+        method: `heun`, `heun_euler`, or a method of torchdiffeq.
         atol: absolute tolerance of adaptive methods.
         rtol: relative tolerance of adaptive methods.
         overshoot: let adaptive methods step past the last time and interpolate back, as published
@@ -52,18 +52,16 @@ def solve(
         # The trial step that sets the size of the first one may reach beyond the end.
         return field(y, t if overshoot else t.clamp(low, high))
 
-    if method != "scipy_solver":
-        # Lists become tensors in the precision of the state, as in published samplers: step sizes
-        # are sensitive to such rounding.
-        parts = len(x) if isinstance(x, tuple) else 1
-        atol, rtol = [atol] * parts, [rtol] * parts
+    # Lists become tensors in the precision of the state, as in published samplers: step sizes are
+    # sensitive to such rounding.
+    parts = len(x) if isinstance(x, tuple) else 1
     states = odeint(
         bounded,
         x,
         grid if trajectory else grid[[0, -1]],
         method=RENAMED.get(method, method),
-        atol=atol,
-        rtol=rtol,
+        atol=[atol] * parts,
+        rtol=[rtol] * parts,
         options=_options(method, grid, overshoot),
     )
     if trajectory:
@@ -75,7 +73,7 @@ def _options(method: str, grid: Tensor, overshoot: bool) -> dict:
     """What torchdiffeq is told of the times, beside the first and the last."""
     if method not in ADAPTIVE:
         return {"grid_constructor": lambda f, y, t: grid}
-    return {} if overshoot or method == "scipy_solver" else {"step_t": grid[-1:]}
+    return {} if overshoot else {"step_t": grid[-1:]}
 
 
 def _heun_then_euler(field: Callable, x: Tensor, grid: Tensor, trajectory: bool) -> Tensor:

@@ -16,6 +16,7 @@ from evaluations import capacity
 from evaluations.capacity import average, by_class, numbers, over_classes, read_run
 from models.summary import summarize
 from sampling.recorder import RoutingRecorder, RoutingTable
+from sampling.sets import SetFolder
 
 NULL = 3
 
@@ -122,50 +123,61 @@ def test_blocks_of_other_steps_are_refused():
         table.add(recorder.arrays(2), np.array([0, 1]))
 
 
+HASHES = {"checkpoint_sha256": "a" * 64, "set_sha256": "b" * 64}
+
+
 @pytest.fixture
 def a_set(tmp_path):
     """Files of a set, as sample_ddp.py leaves them."""
     labels = [0, 1, 2, 0, 1, 2, 1, 0]
     config = parse_config(["--model.hidden_size", "48", "--model.depth", "2"], "train.py")
     record = {"config": to_plain(dataclasses.asdict(config)), "class_names": ["a", "b", "c"]}
-    path = tmp_path / "set.json"
-    path.write_text(json.dumps(record))
-    np.savez(tmp_path / "set.capacity.npz", **vars(table_of(labels)), labels=np.array(labels))
+    record |= {"run": "one", **HASHES}
+    folder = SetFolder(tmp_path / "one" / "set")
+    folder.path.mkdir(parents=True)
+    folder.write_record(record)
+    arrays = vars(table_of(labels)) | HASHES
+    np.savez(folder.routing, **arrays, labels=np.array(labels))
     values = 100 + np.arange(len(labels), dtype=np.uint8)
     images = np.broadcast_to(values[:, None, None, None], (len(labels), 4, 4, 3))
-    np.savez(tmp_path / "set.npz", arr_0=images)
-    return path, config
+    np.savez(folder.archive, arr_0=images, **HASHES)
+    return folder, config
 
 
-def test_the_command_prints_numbers_and_draws(a_set, monkeypatch, capsys):
-    path, config = a_set
-    monkeypatch.setattr(sys, "argv", ["prog", str(path)])
+def test_the_command_prints_numbers_and_draws(a_set, tmp_path, monkeypatch, capsys):
+    folder, config = a_set
+    monkeypatch.setattr(sys, "argv", ["prog", str(folder.path)])
     capacity.main()
     printed = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
-    found = numbers(read_run(path))
+    found = numbers(read_run(folder.path))
     summary = summarize(config.model)
     assert float(printed["C_infer (Eq. 15)"]) == pytest.approx(found["C_infer (Eq. 15)"], abs=1e-4)
     assert found["C_infer, unconditional"] == 0.5
     assert found["activated parameters, counted"] == summary.activated(found["C_infer (Eq. 15)"])
-    kept = json.loads(path.with_name("set.capacity.json").read_text())
+    kept = json.loads(folder.numbers.read_text())
+    assert {name: kept.pop(name) for name in HASHES} == HASHES
     assert kept == pytest.approx(found)
     for name in ("steps", "experts", "maps", "classes"):
-        picture = np.asarray(Image.open(path.with_name(f"set.{name}.png")).convert("L"))
-        assert picture.std() > 5
+        with Image.open(folder.figure(name)) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+            assert {name: picture.text[name] for name in HASHES} == HASHES
+    monkeypatch.setattr(sys, "argv", ["prog", str(folder.record), "--out", str(tmp_path / "out")])
+    capacity.main()
+    assert (tmp_path / "out" / "one" / "set" / "steps.png").exists()
 
 
 def test_where_every_token_takes_as_many_experts_only_these_are_drawn(a_set):
-    path, _ = a_set
-    recorded = path.with_name("set.capacity.npz")
-    with np.load(recorded) as file:
+    folder, _ = a_set
+    with np.load(folder.routing) as file:
         arrays = dict(file)
-    np.savez(recorded, **arrays | {"maps": np.full_like(arrays["maps"], 2)})
-    assert [p.name for p in capacity.draw(read_run(path), path.parent)] == ["set.experts.png"]
+    np.savez(folder.routing, **arrays | {"maps": np.full_like(arrays["maps"], 2)})
+    drawn = capacity.draw(read_run(folder.path), folder.path)
+    assert [p.name for p in drawn] == ["experts.png"]
 
 
 def test_the_class_figure_shows_hardest_first_with_their_images(a_set):
-    run = read_run(a_set[0])
-    images = np.load(run.beside(".npz"))["arr_0"]
+    run = read_run(a_set[0].path)
+    images = np.load(run.folder.archive)["arr_0"]
     names = ["a", "b", "c"]
     figure = capacity.class_figure(by_class(run.table), names, run.labels, images)
     bars, pictures = figure.axes
@@ -184,14 +196,47 @@ def test_no_expert_leaves_its_figure():
 
 
 def test_the_step_figure_has_a_line_for_each_half(a_set):
-    layers = over_classes(read_run(a_set[0]).table).sum(axis=-1)
+    layers = over_classes(read_run(a_set[0].path).table).sum(axis=-1)
     axes = capacity.step_figure(layers, capacity.SIDES).axes[0]
     lines = {line.get_label(): line.get_ydata() for line in axes.lines}
     np.testing.assert_allclose(lines["unconditional"], [0.5, 0.5])
     np.testing.assert_allclose(lines["conditional"], layers[:, 0].mean(axis=-1))
 
 
-def test_a_set_without_records_is_named(tmp_path):
-    (tmp_path / "set.json").write_text("{}")
-    with pytest.raises(UserError, match="sample with --capacity"):
-        read_run(tmp_path / "set.json")
+def refusal(monkeypatch, capsys, path):
+    monkeypatch.setattr(sys, "argv", ["prog", str(path)])
+    with pytest.raises(SystemExit, match="2"):
+        capacity.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_is_no_set_with_records_is_named(a_set, tmp_path, monkeypatch, capsys):
+    """Each for its own reason: no set, one without records, files of another set."""
+    folder, _ = a_set
+    (tmp_path / "x.json").write_text("{}")
+    (tmp_path / "begun" / "parts").mkdir(parents=True)
+    for path, ending in (
+        (tmp_path / "none", "set.json"),
+        (tmp_path / "x.json", "set.json"),
+        (tmp_path / "begun", "set.json; it is not finished"),
+    ):
+        said = refusal(monkeypatch, capsys, path)
+        assert said.endswith(f"{path}: no set of samples; wanted: a folder with {ending}")
+    with np.load(folder.routing) as file:
+        arrays = dict(file)
+    np.savez(folder.routing, **arrays | {"set_sha256": "c" * 64})
+    said = refusal(monkeypatch, capsys, folder.path)
+    assert "capacity.npz: belongs to another set: set_sha256 is cccc" in said
+    np.savez(folder.routing, x=np.zeros(3))
+    said = refusal(monkeypatch, capsys, folder.path)
+    assert "belongs to another set: checkpoint_sha256 is nothing there" in said
+    folder.routing.write_bytes(b"words")
+    assert "capacity.npz: no readable .npz file" in refusal(monkeypatch, capsys, folder.path)
+    folder.routing.unlink()
+    said = refusal(monkeypatch, capsys, folder.path)
+    assert said.endswith("has no capacity.npz; sample with --capacity")
+    folder.record.write_text("{}")
+    assert "no record of a set of samples" in refusal(monkeypatch, capsys, folder.path)
+    folder.record.write_text("{")
+    assert "set.json: not readable" in refusal(monkeypatch, capsys, folder.path)

@@ -204,7 +204,7 @@ def test_what_is_no_set_of_samples_is_named(weights, images, tmp_path, monkeypat
     Image.fromarray(images[0]).save(base[1] / "a.png")
     Image.fromarray(images[0][:20]).save(base[1] / "b.png")
     assert "b.png: (20, 24, 3), the images before it (24, 24, 3)" in refusal(
-        monkeypatch, capsys, *base
+        monkeypatch, capsys, *base, "--metrics", "is"
     )
 
 

@@ -43,8 +43,9 @@ def test_a_sweep_makes_each_set_once(trained, scoring, tmp_path, monkeypatch, ca
     argv = [*flags(trained, scoring, tmp_path), "--grid", "cfg_scale=1,1.5"]
     run(monkeypatch, sweep, *argv)
     printed = capsys.readouterr().out
-    sets = sorted(p for p in tmp_path.glob("*.json") if p.name != "sweep.json")
+    sets = sorted(tmp_path.glob("*/*/set.json"))
     assert len(sets) == 2
+    assert not list(tmp_path.glob("*.json"))
     rows = read_rows(sets)
     assert [row["cfg"] for row in rows] == [1.0, 1.5]
     assert all(row["FID"] > 0 and row["NFE"] > 0 for row in rows)
@@ -67,7 +68,8 @@ def test_the_search_names_the_best_threshold_and_writes_it(
     assert "| fixed 1 | 0 |" in table
     assert "| fixed 0 | 4 |" in table  # all four experts take every token
     assert "| dynamic |" in table
-    paths = [p for p in tmp_path.glob("*.json") if p.name != "threshold_search.json"]
+    paths = list(tmp_path.glob("*/*/set.json"))
+    assert {path.parent.parent.name for path in paths} == {trained.name}
     rows = read_rows(paths)
     best = min((r for r in rows if r["C_infer"] <= 1), key=lambda r: r["FID"])["inference"]
     assert f"best with C_infer <= 1: {best}" in table
@@ -76,7 +78,8 @@ def test_the_search_names_the_best_threshold_and_writes_it(
     before, after = load_pretrained(trained).model, load_pretrained(new).model
     for name, tensor in before.state_dict().items():
         assert torch.equal(tensor, after.state_dict()[name])
-    assert (tmp_path / "threshold_search.png").stat().st_size > 5000
+    (picture,) = (tmp_path / trained.name).glob("threshold_search-step_0000004-ema-*n4-*.png")
+    assert picture.stat().st_size > 5000
 
 
 def row_of(inference, capacity, fid):
@@ -131,7 +134,7 @@ def test_tables_and_figures(trained, tmp_path, monkeypatch, capsys):
 def test_routing_gap_shows_both_rules_of_the_same_noise(trained, tmp_path, monkeypatch, capsys):
     argv = ["--ckpt", trained, "--sample-dir", tmp_path, "--device", "cpu", "--classes", "2,0,1"]
     run(monkeypatch, routing_gap, *argv)
-    picture = np.asarray(Image.open(next(tmp_path.glob("*.routing_gap.png"))))
+    picture = np.asarray(Image.open(next(tmp_path.glob("*/routing_gap-*n3.png"))))
     assert picture.shape == (2 * 16 + 2, 3 * 16 + 2 * 2, 3)
     loaded = load_pretrained(trained, routing={"inference": "topk"})
     latents, _ = Sampler.of(loaded).latents(range(1, 2), [0])
@@ -140,4 +143,4 @@ def test_routing_gap_shows_both_rules_of_the_same_noise(trained, tmp_path, monke
     assert abs(away).max() <= 1  # threads of the two differ
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, routing_gap, *argv[:-2])
-    assert "--classes: needed" in capsys.readouterr().err
+    assert "arguments are required: --classes" in capsys.readouterr().err

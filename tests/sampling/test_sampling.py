@@ -17,6 +17,7 @@ from sampling.generate import Sampler, SetPlan, generate_set
 from sampling.grid import image_grid, save_png
 from sampling.guidance import CapacityMeter, Guided
 from sampling.labels import balanced_labels, chosen_labels, random_labels
+from sampling.sets import SetFolder
 from transport.objective import Flow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -124,15 +125,19 @@ def measure(images):
     return {"pool": torch.stack([x.mean(1), x.amax(1)], dim=1)}
 
 
-def run(sampler, path, processes=ALONE, num_samples=10, measure=None, save="npz", **settings):
-    plan = SetPlan(LABEL, num_samples, 4, path, save, 3, settings)
+HASHES = {"checkpoint_sha256": "a" * 64, "set_sha256": "b" * 64}
+
+
+def run(sampler, path, processes=ALONE, num_samples=10, measure=None, save="npz"):
+    plan = SetPlan(LABEL, num_samples, 4, SetFolder(path), save, 3, HASHES)
     return generate_set(sampler, decode, measure, plan, processes)
 
 
 def test_a_set_has_its_images_labels_and_capacity(sampler, tmp_path):
     result = run(sampler, tmp_path / "a")
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
+    with np.load(tmp_path / "a" / "samples.npz", allow_pickle=False) as archive:
         images, labels = archive["arr_0"], archive["labels"]
+        assert {name: str(archive[name]) for name in HASHES} == HASHES
     assert (images.shape, images.dtype) == ((10, 4, 4, 3), np.uint8)
     assert labels.tolist() == [LABEL(i) for i in range(10)] == result.labels.tolist()
     np.testing.assert_array_equal(result.first.numpy(), images)
@@ -144,7 +149,7 @@ def test_a_set_has_its_images_labels_and_capacity(sampler, tmp_path):
         for j in (0, 4, 8)
     ]
     assert result.capacity == pytest.approx(torch.cat(kept)[:10].mean().item(), rel=1e-6)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["parts", "samples.npz"]
 
 
 def test_a_longer_set_begins_with_the_shorter_one(sampler, tmp_path):
@@ -168,11 +173,15 @@ def test_more_processes_than_blocks_leave_some_idle(sampler, tmp_path):
     assert torch.equal(result.first, whole.first)
 
 
+def archive_of(path):
+    return (path / "samples.npz").read_bytes()
+
+
 class KilledError(Exception):
     pass
 
 
-def run_until(sampler, blocks, path, **options):
+def run_until(sampler, blocks, path):
     """A run that dies after so many blocks."""
     made = []
 
@@ -182,7 +191,7 @@ def run_until(sampler, blocks, path, **options):
         made.append(None)
         return decode(latents)
 
-    plan = SetPlan(LABEL, 10, 4, path, "npz", 3, options)
+    plan = SetPlan(LABEL, 10, 4, SetFolder(path), "npz", 3, HASHES)
     with pytest.raises(KilledError):
         generate_set(sampler, dying, measure, plan, ALONE)
 
@@ -192,18 +201,11 @@ def test_an_interrupted_set_goes_on_and_is_the_same(sampler, tmp_path):
     run_until(sampler, 2, tmp_path / "a")
     result = run(sampler, tmp_path / "a", measure=measure)
     assert (whole.made, result.made) == (10, 2)
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert archive_of(tmp_path / "a") == archive_of(tmp_path / "whole")
     np.testing.assert_array_equal(result.features["pool"], whole.features["pool"])
     assert (result.capacity, result.nfe) == (whole.capacity, whole.nfe)
-    images = np.load(tmp_path / "a.npz")["arr_0"].reshape(10, -1)
+    images = np.load(tmp_path / "a" / "samples.npz")["arr_0"].reshape(10, -1)
     np.testing.assert_allclose(result.features["pool"][:, 0], images.mean(1), rtol=1e-6)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "whole.npz"]
-
-
-def test_blocks_of_other_settings_are_not_taken(sampler, tmp_path):
-    run_until(sampler, 2, tmp_path / "a", checkpoint="one")
-    result = run(sampler, tmp_path / "a", measure=measure, checkpoint="another")
-    assert result.made == 10
 
 
 @pytest.mark.parametrize("save", ["images", "none"])
@@ -212,11 +214,11 @@ def test_images_as_files_or_not_at_all(sampler, tmp_path, save):
     result = run(sampler, tmp_path / "a", measure=measure, save=save)
     np.testing.assert_array_equal(result.features["pool"], whole.features["pool"])
     assert torch.equal(result.first, whole.first)
-    assert not (tmp_path / "a.npz").exists()
+    assert not (tmp_path / "a" / "samples.npz").exists()
     if save == "images":
-        files = sorted((tmp_path / "a").iterdir())
+        files = sorted((tmp_path / "a" / "images").iterdir())
         assert [file.name for file in files] == [f"{i:06d}.png" for i in range(10)]
-        images = np.load(tmp_path / "whole.npz")["arr_0"]
+        images = np.load(tmp_path / "whole" / "samples.npz")["arr_0"]
         for file, image in zip(files, images, strict=True):
             np.testing.assert_array_equal(np.asarray(Image.open(file)), image)
 
@@ -226,7 +228,7 @@ def test_recorded_pairs_add_up_to_the_measured_capacity(sampler, tmp_path):
     recording = dataclasses.replace(sampler, record=True)
     result = run(recording, tmp_path / "a")
     assert plain.routing is None
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "plain.npz").read_bytes()
+    assert archive_of(tmp_path / "a") == archive_of(tmp_path / "plain")
     table = result.routing
     T, halves, L, E, K = table.pairs.shape
     assert (T, halves, L, E, K) == (3, 2, 1, 4, 3)  # every second block is MoE

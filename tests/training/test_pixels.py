@@ -136,8 +136,7 @@ def test_a_start_from_weights_of_another_computation_is_said(
 def sample(run_dir, out, *flags):
     base = ("--ckpt", run_dir, "--num-fid-samples", 5, "--per-proc-batch-size", 2)
     argv = [str(a) for a in (*base, "--sample-dir", out, "--device", "cpu", *flags)]
-    sample_and_score(parse_flags(argv), ALONE)
-    return json.loads(next(out.glob("*.json")).read_text())
+    return json.loads(sample_and_score(parse_flags(argv), ALONE).read_text())
 
 
 def test_samples_are_pixels_and_can_be_scored(pixel_run, tmp_path, scoring):
@@ -146,14 +145,14 @@ def test_samples_are_pixels_and_can_be_scored(pixel_run, tmp_path, scoring):
     assert record["sampler"] == "heun_euler"
     assert record["nfe"] == 9  # Heun, Heun, Euler: five evaluations, all but that at 0 guided
     assert "FID" in record["scores"]
-    with np.load(next(tmp_path.glob("*.capacity.npz"))) as file:
+    with np.load(next(tmp_path.glob("*/*/capacity.npz"))) as file:
         assert file["tokens"].tolist() == [16, 20]  # the class joins after the first MoE layer
         assert file["maps"].shape == (5, 2, 16)
         assert (file["maps"] == 2).all()
-    found = numbers(read_run(next(tmp_path.glob("*n5.json"))))
+    found = numbers(read_run(next(tmp_path.glob("*/*n5"))))
     assert found["C_infer (Eq. 15)"] == pytest.approx(2)
     assert record["capacity_infer"] == pytest.approx(2)
-    with np.load(next(tmp_path.glob("*n5.npz"))) as file:
+    with np.load(next(tmp_path.glob("*/*n5/samples.npz"))) as file:
         assert file["arr_0"].shape == (5, 16, 16, 3)
 
 
