@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from core.distributed import Processes, restarts
@@ -164,9 +164,10 @@ class Lock:
 
 @contextmanager
 def exclusive(folder: Path, purpose: str, processes: Processes) -> Iterator[None]:
-    """Hold the lock of a folder, which is made, for the length of a block.
+    """Hold the lock of a folder for the length of a block.
 
-    Processes that torchrun started anew wait for the lock of those before them.
+    The folder is made where it is not there, and goes again if nothing came into it. Processes that
+    torchrun started anew wait for the lock of those before them.
 
     Args:
         folder: of a run, a cache, a set.
@@ -177,8 +178,10 @@ def exclusive(folder: Path, purpose: str, processes: Processes) -> Iterator[None
         ConfigError: somebody else holds it, or the folder cannot be made or written to.
     """
     lock, refusal = Lock(folder, purpose), None
+    made: list[Path] = []
     if processes.is_main:
         try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             lock.take(patience=2 * STALE if restarts() else 0.0)
         except OSError as error:
@@ -192,6 +195,9 @@ def exclusive(folder: Path, purpose: str, processes: Processes) -> Iterator[None
         yield
     finally:
         lock.release()
+        with suppress(OSError):  # the first one that is not empty ends it
+            for path in made:
+                path.rmdir()
 
 
 def _process_space() -> str:

@@ -92,7 +92,7 @@ train | train: unknown; a value follows its flag
 --objective.loss_weighting velocity | means nothing for a predicted velocity
 --objective.time_mean 0 | it needs objective.time_distribution logit_normal
 --sampling.sampler ddim | sampling.sampler: 'ddim' does not belong to objective.name flow
---sampling.atol 1e-3 | it needs a sampler that chooses its steps
+--sampling.atol 1e-3 | it needs a sampler with tolerances
 --sampling.sampler dopri5 --sampling.num_steps 5 | it needs a sampler with fixed steps
 --sampling.cfg_scale 2 --sampling.cfg_interval [1,0] | is empty; the first time must be below
 --parallel.shard_size 2 | --parallel.shard_size: has no effect here; it needs parallel.strategy fsdp
@@ -208,7 +208,7 @@ evaluations.likelihood | required: --ckpt
 evaluations.likelihood --ckpt {nowhere} | {nowhere}: no checkpoint here
 evaluations.likelihood --ckpt {run} --num-samples 0 | --num-samples: 0 is too small
 evaluations.likelihood --ckpt {run} --val-cached-path {nowhere} | {nowhere}
-evaluations.threshold_search --ckpt {nowhere} | --metrics: needed
+evaluations.threshold_search --ckpt {nowhere} | required: --metrics
 evaluations.sweep | required
 evaluations.routing_gap --ckpt {nowhere} --classes 0,1 | {nowhere}
 """

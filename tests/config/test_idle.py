@@ -52,7 +52,7 @@ IDLE = [
     ("--sampling.cfg_interval [0.1,0.5]", "a sampling.cfg_scale other than 1"),
     ("--sampling.cfg_pooling joint", "a sampling.cfg_scale other than 1"),
     ("--sampling.sampler dopri5 --sampling.num_steps 9", "a sampler with fixed steps"),
-    ("--sampling.atol 1e-3", "chooses its steps"),
+    ("--sampling.atol 1e-3", "a sampler with tolerances"),
     ("--sampling.overshoot true", "chooses its steps"),
     ("--sampling.ddim_eta 0", "sampling.sampler ddim"),
     ("--sampling.clip_denoised true", "objective.name ddpm"),
