@@ -21,6 +21,7 @@ from core.limits import check_out_file
 from core.logging import get_logger, progress
 from core.rng import generator
 from data.images import ImageFolder, load_image
+from data.workers import steady
 from evaluations.evaluate import (
     add_batch_flags,
     add_extractor_flags,
@@ -97,7 +98,9 @@ def _batches(
 ) -> Iterator[torch.Tensor]:
     """Images (B, H, W, 3) uint8."""
     data = Subset(_Cropped(folder, size), indices)
-    loader = DataLoader(data, batch_size, num_workers=num_workers, collate_fn=list)
+    loader = DataLoader(
+        data, batch_size, num_workers=num_workers, collate_fn=list, worker_init_fn=steady
+    )
     alone = Processes(0, 1, torch.device("cpu"))
     with progress(None, alone, what, "img", total=len(indices)) as bar:
         for batch in loader:

@@ -13,6 +13,8 @@ from core.errors import UserError, command
 @command
 def main() -> None:
     """Print the facts of the config that the command line names."""
+    if len(sys.argv) != 2:
+        raise UserError("quickstart_facts: wanted: one config, such as quickstart")
     path = find_config(sys.argv[1])
     config = load_config(path)
     wanted = f"runs/{path.stem}/train"

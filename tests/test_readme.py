@@ -127,3 +127,20 @@ def test_the_example_of_inversion_and_trajectories():
     # x = t data + (1 - t) noise and v = data - noise, so noise = x - t v.
     wanted = names["states"][10] - names["grid"][10] * names["velocity"]
     torch.testing.assert_close(names["implied"], wanted)
+
+
+def test_every_fault_of_the_reliability_page_has_a_test():
+    """Each row's last cell names functions, or files, that are there."""
+    rows = [
+        line.strip("|").split("|")
+        for line in (ROOT / "docs" / "reliability.md").read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("| fault")
+    ]
+    assert len(rows) > 40
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for *_, tests in rows:
+        names = re.findall(r"::(test_\w+)`", tests) or re.findall(r"(test_\w+\.py)`", tests)
+        assert names, tests
+        for name in names:
+            found = list((ROOT / "tests").rglob(name)) or f"def {name}(" in sources
+            assert found, name
