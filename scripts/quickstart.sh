@@ -72,7 +72,9 @@ stage $shared/reference.npz "A reference: statistics of the training digits, and
     --image-size 32 --pr-images $shared/images/val --num-workers 0 $features
 for scale in 1 2; do
     set="$run/samples/*/$checkpoint-ema-*-cfg$scale-*"
-    stage "$set/set.json" "Sample 500 digits at guidance $scale, and score them" \
+    # A set that was stopped before its scores is scored now.
+    scored=$(grep -ls '"scores"' $set/set.json || true)
+    stage "${scored:-no scores}" "Sample 500 digits at guidance $scale, and score them" \
         $launch sample_ddp.py --ckpt "$train" --image-size 32 --num-fid-samples 500 \
         --per-proc-batch-size 125 --cfg-scale $scale --sample-dir "$run/samples" \
         --metrics $shared/reference.npz $features --capacity
