@@ -7,4 +7,5 @@ source scripts/environment.sh
 use_environment test
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# Two files at a time, each on one thread: see tests/conftest.py.
+python -m pytest -n 2 --dist loadfile "$@"

@@ -1,5 +1,6 @@
 """A tiny random VAE, a small image folder, and the cache made of both."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from data.caching import CacheOptions, cache_latents
 from training.trainer import train
 
 ROOT = Path(__file__).parents[1]
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
+    torch.set_num_threads(1)
 SINGLE = Processes(0, 1, torch.device("cpu"))
 
 

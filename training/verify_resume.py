@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -213,8 +213,9 @@ def _work(flags: list[str], rank: int, world_size: int, port: int, fault: Fault 
 
 def _restarted(flags: list[str], run: Path, world_size: int) -> int:
     """Let torchrun finish a run of whose processes one is killed; where it went on from."""
-    others = ["--train.sample_every=0", "--resume=never"]
-    flags = [f for f in flags if "sample_every" not in f and "resume" not in f] + others
+    gone = ("--train.sample_every", "--train.num_grid_samples", "--resume")
+    flags = [flag for flag in flags if not flag.startswith(gone)]
+    flags += ["--train.sample_every=0", "--resume=never"]
     command_line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command_line += [f"--nproc_per_node={world_size}", "--max-restarts=1", "train.py", *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -238,8 +239,9 @@ def _kill_one(launcher: subprocess.Popen, run: Path) -> None:
     """Kill the last process of a launcher once there is a checkpoint."""
     while launcher.poll() is None and not checkpoints(run):
         time.sleep(0.01)
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    with suppress(OSError, IndexError):  # it has ended by itself, which its code tells
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
 
 
 def _finish(cache: Path, run: Path, steps: int, world_size: int) -> int:
