@@ -135,7 +135,7 @@ NO_HURRY = 24 * 3600.0
 def processes(
     device: str = "auto", cpu_threads: int | None = None, timeout: float = 600.0
 ) -> Iterator[Processes]:
-    """Join torchrun's process group, or be a single process; leave the group at the end.
+    """Join torchrun's process group, or be a single process; leave the group at a good end.
 
     Args:
         device: `cpu`, `cuda`, or `auto` for CUDA where there is one.
@@ -173,5 +173,6 @@ def processes(
             yield Processes(rank, world, place)
     finally:
         torch.set_num_threads(threads)
-        if world > 1:
-            dist.destroy_process_group()
+    # Not after an error: NCCL would wait there for processes that wait for this one.
+    if world > 1:
+        dist.destroy_process_group()

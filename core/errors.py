@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended."""
@@ -53,6 +54,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
             line = _line(error)
             if line is None:
                 _tell_launcher(traceback.format_exc())
+                if _has_others():
+                    traceback.print_exc()
+                    _leave(1)
                 raise
             _end(f"error: {line}", 2, quiet=isinstance(error, ConfigError) and not _is_first())
 
@@ -64,20 +68,34 @@ def _line(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, MemoryError) or any(sign in text for sign in NO_MEMORY):
         asked = text.partition("ried to allocate ")[2].split(". ")[0]
         return "not enough memory" + (f": {asked} were asked for at once" if asked else "")
     return None
 
 
-def _end(line: str, code: int, quiet: bool = False) -> None:
+def _end(line: str, code: int, quiet: bool = False) -> NoReturn:
     if not quiet:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
     _tell_launcher(line)
+    if _has_others():
+        _leave(code)
     sys.exit(code)
+
+
+def _has_others() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _leave(code: int) -> NoReturn:
+    """End without a farewell to the other processes, which may wait for this one."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_first() -> bool:

@@ -36,11 +36,16 @@ class Lock:
     Args:
         folder: existing.
         purpose: what it is to the user, such as `run_dir`, for messages.
+
+    Attributes:
+        lost: whether somebody has taken it over, while this process or its network slept.
     """
 
     def __init__(self, folder: Path, purpose: str):
         self.path, self.purpose = folder / NAME, purpose
         self.token = uuid.uuid4().hex
+        self.private = folder / f"{NAME}.{self.token}"
+        self.lost = False
         self.ended = threading.Event()
         self.beating: threading.Thread | None = None
 
@@ -94,22 +99,15 @@ class Lock:
             "command": " ".join(Path(word).name for word in sys.argv[:1]),
         }
         try:
-            handle = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
-            return False
+            self.private.write_text(json.dumps(about))
+            return _linked(self.private, self.path)
         except OSError as error:
             raise UserError(
                 f"{self.purpose}: cannot write to {self.path.parent}: {error.strerror}"
             ) from error
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(json.dumps(about))
-        except OSError as error:  # a full disk
-            self.path.unlink(missing_ok=True)
-            raise UserError(
-                f"{self.purpose}: cannot write to {self.path.parent}: {error.strerror}"
-            ) from error
-        return True
+        finally:
+            with suppress(OSError):
+                self.private.unlink()
 
     def _owner(self) -> dict | None:
         """Who wrote the lock; None if there is none."""
@@ -118,25 +116,24 @@ class Lock:
             return nobody | {"started": None} | json.loads(self.path.read_text())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError):  # being written, or cut short by a full disk
+        except (OSError, ValueError, TypeError):  # cut short by a full disk
             return nobody | {"started": None}
 
     def _is_stale(self, owner: dict) -> bool:
         here = owner["host"] == socket.gethostname() and owner["space"] == _process_space()
         if here:
             return _start_of(owner["pid"]) != owner["started"]
-        probe = self.path.with_name(f"{NAME}.{self.token}")
         try:
-            probe.touch()
-            return probe.stat().st_mtime - self.path.stat().st_mtime > STALE
+            self.private.touch()
+            return self.private.stat().st_mtime - self.path.stat().st_mtime > STALE
         except OSError:
             return False
         finally:
-            probe.unlink(missing_ok=True)
+            self.private.unlink(missing_ok=True)
 
     def _take_over(self, owner: dict) -> None:
         """Move a stale lock away; whoever took it over first keeps it."""
-        aside = self.path.with_name(f"{NAME}.{self.token}")
+        aside = self.private
         try:
             os.rename(self.path, aside)
         except FileNotFoundError:
@@ -146,7 +143,8 @@ class Lock:
         except (OSError, ValueError, AttributeError):
             moved = ""
         if moved != owner["token"]:  # another's, and fresh
-            os.rename(aside, self.path)
+            _linked(aside, self.path)
+            aside.unlink()
             return
         aside.unlink()
         log.warning(
@@ -155,15 +153,34 @@ class Lock:
         )
 
     def _beat(self) -> None:
+        foreign = 0
         while not self.ended.wait(BEAT):
-            try:
-                os.utime(self.path)
-            except OSError:  # the next one may reach the disk
+            owner = self._owner()
+            if owner is not None and owner["token"] == self.token:
+                foreign = 0
+                with suppress(OSError):  # the next one may reach the disk
+                    os.utime(self.path)
                 continue
+            foreign += 1
+            if foreign == 2:  # once may be the file server's moment
+                self.lost = True
+                return
+
+    def check(self) -> None:
+        """See that this process still is the owner.
+
+        Raises:
+            UserError: it is not.
+        """
+        if self.lost:
+            raise UserError(
+                f"{self.purpose}: {self.path.parent} was taken over by another process, while this "
+                "one or its disk did not answer; nothing more is written"
+            )
 
 
 @contextmanager
-def exclusive(folder: Path, purpose: str, processes: Processes) -> Iterator[None]:
+def exclusive(folder: Path, purpose: str, processes: Processes) -> Iterator[Lock]:
     """Hold the lock of a folder for the length of a block.
 
     The folder is made where it is not there, and goes again if nothing came into it. Processes that
@@ -192,12 +209,27 @@ def exclusive(folder: Path, purpose: str, processes: Processes) -> Iterator[None
     if refusal is not None:
         raise ConfigError(refusal)
     try:
-        yield
+        yield lock
     finally:
         lock.release()
         with suppress(OSError):  # the first one that is not empty ends it
             for path in made:
                 path.rmdir()
+
+
+def _linked(private: Path, public: Path) -> bool:
+    """Whether a file got its public name, whole at once; not if that is taken."""
+    try:
+        os.link(private, public)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            with public.open("x") as file:
+                file.write(private.read_text())
+        except FileExistsError:
+            return False
+    return True
 
 
 def _process_space() -> str:
@@ -215,7 +247,8 @@ def _start_of(pid: int) -> str | None:
     except OSError:
         pass
     else:
-        return about.rpartition(")")[2].split()[19]
+        fields = about.rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]  # dead, though nobody has noticed
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,6 +1,7 @@
 """Logging and progress of the main process; the other processes stay silent."""
 
 import logging
+import shutil
 import sys
 from collections.abc import Iterable
 
@@ -34,7 +35,7 @@ def progress(
         desc=description,
         unit=unit,
         disable=processes is not None and not processes.is_main,
-        dynamic_ncols=terminal,
+        dynamic_ncols=terminal and bool(shutil.get_terminal_size((80, 24)).columns),
         mininterval=pause,
         maxinterval=max(10.0, pause),
         **options,

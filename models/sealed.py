@@ -58,7 +58,7 @@ def check_seal(folder: Path, only: Iterable[str] | None = None) -> None:
     """
     path = folder / MANIFEST_FILE
     try:
-        entries = json.loads(_patiently(path.read_text, path))
+        entries = json.loads(patiently(path.read_text, path))
         asked = {n: e for n, e in entries.items() if only is None or Path(n).parts[0] in only}
         total = sum(entry["bytes"] for entry in asked.values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -79,32 +79,45 @@ def check_seal(folder: Path, only: Iterable[str] | None = None) -> None:
 
 
 def _check(path: Path, size: int, digest: str) -> None:
-    found = _patiently(path.stat, path).st_size
-    if found != size:
-        raise DamagedError(f"{path}: {found} bytes, {size} were written")
-    hashes = (_patiently(lambda: file_hash(path), path) for _ in range(2))
+    def whole() -> None:
+        found = path.stat().st_size
+        if found != size:  # a file server may know an old one for a while
+            raise OSError(f"{found} bytes, {size} were written")
+
+    patiently(whole, path, proof=True)
+    hashes = (patiently(lambda: file_hash(path), path) for _ in range(2))
     if all(found != digest for found in hashes):  # once may be the disk's or the network's moment
         raise DamagedError(f"{path}: changed since it was written")
 
 
-def _patiently(read: Callable[[], T], path: Path) -> T:
+def patiently(read: Callable[[], T], path: Path, proof: bool = False) -> T:
     """What `read` gives, tried several times.
 
+    Args:
+        read: of a file.
+        path: of it.
+        proof: its errors without a number are proofs of damage, in words.
+
     Raises:
-        DamagedError: there is no such file.
+        DamagedError: there is still no such file, or damage is proven.
         UserError: it still cannot be read.
     """
-    reason = ""
+    reason, damaged = "", False
     for pause in (*PAUSES, 0.0):
         try:
             return read()
-        except FileNotFoundError:
-            raise DamagedError(f"{path}: missing") from None
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, UserError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            missing = isinstance(cause, FileNotFoundError)
+            damaged = missing or (proof and cause.errno is None)
+            reason = "missing" if missing else cause.strerror or str(cause)
         if pause:
             log.warning("%s: %s; trying again in %g s", path, reason, pause)
             time.sleep(pause)
+    if damaged:
+        raise DamagedError(f"{path}: {reason}")
     raise UserError(
         f"{path}: cannot be read: {reason}; nothing was changed, try again when the disk answers"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from config.schema import Config
 from core.distributed import Processes
-from core.errors import UserError
+from core.errors import ConfigError
 from core.logging import get_logger
 
 log: logging.Logger = get_logger("checkpoint")
@@ -34,7 +34,7 @@ def check_same_model(found: Config, wanted: Config, folder: Path) -> None:
         text for key, text in model_differences(found, wanted).items() if key not in TRAINING_ONLY
     ]
     if refused:
-        raise UserError(f"{folder}: checkpoint of another architecture: {'; '.join(refused)}")
+        raise ConfigError(f"{folder}: checkpoint of another architecture: {'; '.join(refused)}")
 
 
 def check_same_latents(found: dict[str, Any] | None, wanted: dict[str, Any], folder: Path) -> None:
@@ -43,7 +43,7 @@ def check_same_latents(found: dict[str, Any] | None, wanted: dict[str, Any], fol
         theirs, ours = (found or {}).get(key), wanted.get(key)
         if theirs is not None and ours is not None and theirs != ours:
             where, was, now = _first_difference(theirs, ours)
-            raise UserError(
+            raise ConfigError(
                 f"{folder}: was trained on other latents: {key}{where} is {was} there, {now} in "
                 "this run's data; a model of other latents is a new run (--init_from)"
             )

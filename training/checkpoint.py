@@ -23,6 +23,7 @@ from data.sampler import Position
 from models.dit import DiT
 from models.pretrained import (
     CONFIG_FILE,
+    STATE_FILE,
     check_tensors,
     find_checkpoint,
     load_weights,
@@ -30,7 +31,7 @@ from models.pretrained import (
     read_tensors,
     weights_path,
 )
-from models.sealed import DamagedError, check_seal, checkpoints
+from models.sealed import DamagedError, check_seal, checkpoints, patiently
 from training.attempts import is_restart_of
 from training.changes import (
     check_same_latents,
@@ -86,10 +87,18 @@ def saved_tensors(state: TrainingState) -> dict[str, dict[str, Tensor]]:
     return tensors | {OPTIMIZER: optimizer_tensors(state.model, state.optimizer)}
 
 
-def save_checkpoint(state: TrainingState, writer: CheckpointWriter) -> None:
+def save_checkpoint(state: TrainingState, writer: CheckpointWriter, last: bool = False) -> bool:
     """Begin to write <run_dir>/checkpoints/step_<step>; `writer.finish` waits for it.
 
     All processes call this function; with sharded weights each writes its part.
+
+    Args:
+        state: to save.
+        writer: of the run.
+        last: this one must not be skipped.
+
+    Returns:
+        Whether it was begun.
     """
     facts = {
         "step": state.step,
@@ -99,29 +108,38 @@ def save_checkpoint(state: TrainingState, writer: CheckpointWriter) -> None:
         "world_size": writer.processes.world_size,
         "running": writer.processes.gather(state.running),
     }
-    writer.save(state.step, saved_tensors(state), facts)
+    return writer.save(state.step, saved_tensors(state), facts, last)
 
 
-def resume(state: TrainingState, processes: Processes) -> None:
-    """Load the newest checkpoint of the run that is not damaged, if `config.resume` says so.
+def checkpoint_of(config: Config, processes: Processes) -> Path | None:
+    """The checkpoint that this run goes on from: the newest that is not damaged; None for none.
 
     Raises:
-        UserError: when the run has checkpoints and must not resume, when all of them are damaged
-            or the newest cannot be read, or when it is of another architecture, objective or VAE.
+        ConfigError: when the run has checkpoints and must not resume, or when all of them are
+            damaged or the newest cannot be read.
     """
-    folder = processes.from_main(_choose(state.config) if processes.is_main else None)
+    folder = processes.from_main(_choose(config) if processes.is_main else None)
     if isinstance(folder, UserError):
         raise folder
-    if folder is None:
-        return
-    found, facts = load_config(folder / CONFIG_FILE), read_state(folder)
+    return folder
+
+
+def resume(state: TrainingState, folder: Path, processes: Processes) -> None:
+    """Load a checkpoint of the run.
+
+    Raises:
+        UserError: when it is of another architecture, objective or VAE, or cannot be read.
+    """
+    found = patiently(lambda: load_config(folder / CONFIG_FILE), folder / CONFIG_FILE)
+    facts = patiently(lambda: read_state(folder), folder / STATE_FILE)
     check_same_model(found, state.config, folder)
     check_same_latents(facts["latents"], state.latents, folder)
     for name, module in state.modules().items():
         path = weights_path(folder, name)
         if name.startswith("ema_") and not path.exists():
             path = weights_path(folder, "ema")
-            log.warning("%s: has no %s, which starts from its ema", folder, name)
+            if processes.is_main:
+                log.warning("%s: has no %s, which starts from its ema", folder, name)
         _fill(module.state_dict(), path)
     moments = weights_path(folder, OPTIMIZER)
     load_optimizer_tensors(state.model, state.optimizer, lambda found: _fill(found, moments))
@@ -180,7 +198,7 @@ def _fill(targets: dict[str, Tensor], path: Path) -> None:
     if path.is_dir() and any(isinstance(t, DTensor) for t in targets.values()):
         dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(path)))
         return
-    found = read_tensors(path)
+    found = patiently(lambda: read_tensors(path), path)
     check_tensors(found, targets, path)
     for name, target in targets.items():
         value = found[name].to(target.device)
@@ -188,6 +206,23 @@ def _fill(targets: dict[str, Tensor], path: Path) -> None:
             mesh, placements = target.device_mesh, target.placements
             value = distribute_tensor(value, mesh, placements, src_data_rank=None)
         target.detach().copy_(value)
+
+
+def check_start(config: Config, processes: Processes) -> None:
+    """See that the checkpoint `config.init_from` is whole, where one is named; the main one looks.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    refusal = None
+    if processes.is_main and config.init_from is not None:
+        try:
+            check_seal(find_checkpoint(Path(config.init_from)))
+        except UserError as error:
+            refusal = str(error)
+    refusal = processes.from_main(refusal)
+    if refusal is not None:
+        raise ConfigError(refusal)
 
 
 def initialise(config: Config, model: DiT) -> None:
@@ -203,7 +238,6 @@ def initialise(config: Config, model: DiT) -> None:
         return
     fresh = {"nothing": (), "labels": LABELS, "head": HEAD, "both": LABELS + HEAD}
     folder = find_checkpoint(Path(config.init_from))
-    check_seal(folder)
     load_weights(model, weights_path(folder, "ema"), fresh[config.init_fresh])
     for difference in model_differences(load_config(folder / CONFIG_FILE), config).values():
         log.warning("init_from: %s: %s", folder, difference)

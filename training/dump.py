@@ -57,12 +57,15 @@ def _fill(
     except OSError as error:
         reason = error.strerror or str(error)
     reason = "; ".join(filter(None, processes.gather(reason)))
-    if processes.is_main and not reason:
-        (temporary / "facts.json").write_text(json.dumps(facts, indent=2))
-        finish_folder(temporary, folder)
     if processes.is_main:
+        try:
+            if not reason:
+                (temporary / "facts.json").write_text(json.dumps(facts, indent=2))
+                finish_folder(temporary, folder)
+        except OSError as error:
+            reason = error.strerror or str(error)
         shutil.rmtree(temporary, ignore_errors=True)
-    return reason
+    return processes.from_main(reason)
 
 
 def _bad_parameters(state: TrainingState) -> list[str]:

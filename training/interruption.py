@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from types import FrameType
 
 import torch
@@ -37,13 +38,14 @@ class StopRequest:
 
     Args:
         processes: all of which step together.
+        timeout: seconds to wait for another one.
 
     Attributes:
         agreed: whether all processes know of a request.
         name: of the first signal that came.
     """
 
-    def __init__(self, processes: Processes):
+    def __init__(self, processes: Processes, timeout: float):
         self.processes = processes
         self.agreed = False
         self.name = "a signal"
@@ -51,9 +53,10 @@ class StopRequest:
         self.next_look = 0
         self.last_look: tuple[int, float] | None = None
         # Hosts talk over gloo, so that no one waits for a GPU.
+        wait = timedelta(seconds=timeout)
         gpus = processes.device.type == "cuda"
         several = processes.world_size > 1
-        self.group = dist.new_group(backend="gloo") if several and gpus else None
+        self.group = dist.new_group(backend="gloo", timeout=wait) if several and gpus else None
 
     @property
     def received(self) -> bool:

@@ -1,6 +1,8 @@
 """Where the numbers of a run are shown, beside `metrics.jsonl`: TensorBoard, Weights & Biases."""
 
 import dataclasses
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +13,9 @@ from torch.utils.tensorboard import SummaryWriter
 from config.load import to_plain
 from config.schema import Config
 from core.errors import UserError
+from core.logging import get_logger
+
+log: logging.Logger = get_logger("loggers")
 
 Histograms = dict[str, Tensor]
 
@@ -35,24 +40,43 @@ class TensorBoard:
     """Event files in <run_dir>/tensorboard."""
 
     def __init__(self, config: Config, first_step: int, run_id: str):
+        self.folder = Path(config.run_dir) / "tensorboard"
         # What an earlier attempt wrote of later steps is not this run's.
-        purge = first_step + 1 if first_step else None
-        self.writer = SummaryWriter(Path(config.run_dir) / "tensorboard", purge_step=purge)
+        self.writer: SummaryWriter | None = None
+        self._write(0, lambda writer: None, first_step + 1 if first_step else None)
 
     def numbers(self, step: int, scalars: dict[str, float], histograms: Histograms) -> None:
         """See `Logger`."""
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
-        for name, values in histograms.items():
-            self.writer.add_histogram(name, values, step)
+
+        def write(writer: SummaryWriter) -> None:
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, step)
+            for name, values in histograms.items():
+                writer.add_histogram(name, values, step)
+
+        self._write(step, write)
 
     def image(self, step: int, name: str, picture: Tensor) -> None:
         """See `Logger`."""
-        self.writer.add_image(name, picture, step, dataformats="HWC")
+        self._write(step, lambda w: w.add_image(name, picture, step, dataformats="HWC"))
 
     def close(self) -> None:
         """See `Logger`."""
-        self.writer.close()
+        if self.writer is not None:
+            self._write(0, lambda writer: writer.close())
+
+    def _write(
+        self, step: int, write: Callable[[SummaryWriter], None], purge: int | None = None
+    ) -> None:
+        """Pictures of numbers are not worth a run: where the disk refuses, a new file is tried."""
+        try:
+            if self.writer is None:
+                self.writer = SummaryWriter(self.folder, purge_step=purge)
+            write(self.writer)
+        except OSError as error:  # of this call, or of an earlier one: a thread writes
+            reason = error.strerror or error
+            log.warning("%s: numbers up to step %d are missing: %s", self.folder, step, reason)
+            self.writer = None
 
 
 class WeightsAndBiases:

@@ -1,12 +1,15 @@
 """What is looked at beside training: held-out losses, scores of a few samples, a grid of them."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from config.schema import Config
 from core.distributed import Processes
+from core.logging import get_logger
 from core.types import Objective
 from data.vae import VAE, PixelSpace, open_vae, to_uint8
 from models.dit import DiT
@@ -17,6 +20,8 @@ from training.parallel import is_sharded
 from training.scores import SampleScores
 from training.telemetry import Telemetry
 from training.validation import Validation
+
+log: logging.Logger = get_logger("looks")
 
 Look = Callable[[int, DiT, Telemetry, StopRequest], None]
 """Of a step, at the averaged weights."""
@@ -60,9 +65,11 @@ class Looks:
         """The looks that `step` has and an earlier attempt was interrupted in."""
         if step == 0:
             return
-        done = [telemetry.has(step, "val/"), telemetry.has(step, "scores/")]
-        done = self.processes.from_main([*done, self._grid_path(step).exists()])
-        self._take(step, model, telemetry, stop, done)
+        done = None
+        if self.processes.is_main:
+            done = [telemetry.has(step, "val/"), telemetry.has(step, "scores/")]
+            done.append(self._grid_path(step).exists())
+        self._take(step, model, telemetry, stop, self.processes.from_main(done))
 
     def _take(
         self,
@@ -81,7 +88,11 @@ class Looks:
         for (every, look), before in zip(looks, done, strict=True):
             has_it = every and (step % every == 0 or step == train.max_steps)
             if has_it and not before and not stop.agreed:
-                look(step, model, telemetry, stop)
+                try:
+                    look(step, model, telemetry, stop)
+                finally:
+                    if isinstance(model, FSDPModule):  # a root stays whole after a forward pass
+                        model.reshard()
 
     def _validate(self, step: int, model: DiT, telemetry: Telemetry, stop: StopRequest) -> None:
         losses = self.validation.losses(model, self.sharded, stop)
@@ -102,7 +113,10 @@ class Looks:
         if not stop.ask_all() and self.processes.is_main:
             grid = image_grid(to_uint8(self.vae.decode(latents)))
             telemetry.images(step, "samples/ema", grid)
-            save_png(grid, self._grid_path(step))
+            try:
+                save_png(grid, self._grid_path(step))
+            except OSError as error:
+                log.warning("%s: not written: %s", self._grid_path(step), error.strerror or error)
         self.processes.barrier()
 
     def _grid_latents(self, model: DiT) -> Tensor:

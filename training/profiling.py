@@ -50,14 +50,21 @@ class Profiler:
         """Write what is recorded, whole or not."""
         if self.running is None:
             return
-        self.running.stop()
+        running, self.running = self.running, None
+        running.stop()
+        try:
+            self._write(running)
+        except OSError as error:
+            log.warning("%s: no trace: %s", self.folder, error.strerror or error)
+        if self.cuda:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, recorded: profile) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         trace = self.folder / f"trace_step_{self.steps[0]:07d}.json.gz"
-        self.running.export_chrome_trace(str(trace))
-        self.running = None
-        log.info("%s: a trace of steps %d to %d", trace, *self.steps)
+        recorded.export_chrome_trace(str(trace))
+        log.info("%s: a trace from step %d on", trace, self.steps[0])
         if self.cuda:
             memory = self.folder / f"memory_step_{self.steps[0]:07d}.pickle"
             torch.cuda.memory._dump_snapshot(str(memory))
-            torch.cuda.memory._record_memory_history(enabled=None)
             log.info("%s: every allocation of these steps", memory)

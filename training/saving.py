@@ -6,6 +6,8 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,10 +67,13 @@ class CheckpointWriter:
     Args:
         config: of the run.
         processes: all of which save together.
+        check: raises where the run is not this process's any more.
     """
 
-    def __init__(self, config: Config, processes: Processes):
-        self.processes, self.config = processes, config
+    def __init__(
+        self, config: Config, processes: Processes, check: Callable[[], None] = lambda: None
+    ):
+        self.processes, self.config, self.check = processes, config, check
         self.beside = config.train.async_checkpoint
         self.patience = config.train.timeout / 2
         self.buffers: dict[str, dict[str, Tensor]] = {}
@@ -88,43 +93,55 @@ class CheckpointWriter:
         parts = [part for part in found if part is not None]
 
         def work() -> None:
-            for part in parts:
-                buffers = self.buffers.setdefault(part.file, {})
-                for name, tensor in part.tensors.items():
-                    buffers[name] = _buffer(tensor).zero_()  # else the first copy gets the pages
+            with suppress(RuntimeError, MemoryError):  # which the first copy will say
+                for part in parts:
+                    buffers = self.buffers.setdefault(part.file, {})
+                    for name, tensor in part.tensors.items():
+                        buffers[name] = _buffer(tensor).zero_()  # all pages are there then
 
         self.thread = threading.Thread(target=work, daemon=True)
         self.thread.start()
 
-    def save(self, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any]) -> None:
+    def save(
+        self, step: int, tensors: dict[str, dict[str, Tensor]], facts: dict[str, Any], last: bool
+    ) -> bool:
         """Begin to write <run_dir>/checkpoints/step_<step>; all processes call this.
 
         Args:
             step: optimizer steps taken.
             tensors: of each file, by its name; they may change as soon as this returns.
             facts: for `state.json`.
+            last: wait for the one before, however long it takes.
 
-        Raises:
-            UserError: the folder cannot be made.
+        Returns:
+            Whether it was begun: not where the disk takes nothing, or is too slow.
         """
-        self._end_of_last()
+        if not self._free(step, last):
+            return False
         folder = Path(self.config.run_dir) / "checkpoints" / f"step_{step:07d}"
         found = (part_of(name, t, self.processes) for name, t in tensors.items())
         parts = [part for part in found if part is not None]
         writers = [r for r, some in enumerate(self.processes.gather(bool(parts))) if some]
         temporary = self._begin(folder)
         if temporary is None:
-            return
-        if self.beside:
-            parts = [Part(p.file, self._copied(p), p.metadata) for p in parts]
+            return False
+        beside = self.beside
+        if beside:
+            try:
+                parts = [Part(p.file, self._copied(p), p.metadata) for p in parts]
+            except (RuntimeError, MemoryError) as error:
+                beside = self.beside = False
+                self.buffers.clear()
+                log.warning("no memory to copy checkpoints, training waits for them: %s", error)
         texts = {CONFIG_FILE: dump_config(self.config), STATE_FILE: json.dumps(facts, indent=2)}
         self.job = Job(temporary, folder, parts, writers, texts)
         self.thread = threading.Thread(
             target=self._write, args=(self.job,), name="checkpoint", daemon=True
         )
         self.thread.start()
-        if not self.beside:
+        if not beside:
             self._end_of_last()
+        return True
 
     def finish(self) -> None:
         """Wait until the last checkpoint is complete.
@@ -136,10 +153,30 @@ class CheckpointWriter:
         self._end_of_last()
         if job is not None and not self.processes.is_main:
             # The end of this process would cut the main one off from whatever needs both.
-            while job.temporary.exists() and not job.folder.exists():
+            until = time.monotonic() + 2 * self.patience
+            while job.temporary.exists() and time.monotonic() < until:
                 time.sleep(0.1)
         if self.failure is not None and self.processes.is_main:
             raise UserError(self.failure)
+
+    def _free(self, step: int, last: bool) -> bool:
+        """Whether the checkpoint before is done on all processes, after some waiting.
+
+        They ask each other again and again: whoever waits in one long collective for a process
+        that waits for its disk would take it for dead.
+        """
+        until = time.monotonic() + self.patience
+        while any(self.processes.gather(self.thread is not None and self.thread.is_alive())):
+            late = self.processes.from_main(time.monotonic() > until)
+            if late and not last:
+                if self.processes.is_main:
+                    log.warning(
+                        "step_%07d is skipped: the disk still writes the checkpoint before", step
+                    )
+                return False
+            time.sleep(0.05)
+        self._end_of_last()
+        return True
 
     def settle(self) -> None:
         """Give the last checkpoint a while to become complete, after this process has failed."""
@@ -179,6 +216,7 @@ class CheckpointWriter:
             self._write_parts(job)
             if self.processes.is_main:
                 self._complete(job)
+                remove_old(self.config)
         except Exception as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             self._failed(job.folder, reason)
@@ -196,9 +234,10 @@ class CheckpointWriter:
         if rank not in job.writers:
             return
         receipt: dict[str, Any] = {}
+        until = time.monotonic() + self.patience
         try:
             for part in job.parts:
-                written = self._stubbornly(job.temporary / part.file, part)
+                written = self._stubbornly(job.temporary / part.file, part, until)
                 receipt[part.file] = [written.bytes, written.sha256]
         except OSError as error:
             receipt = {"error": error.strerror or str(error)}
@@ -208,9 +247,8 @@ class CheckpointWriter:
         unnamed.write_text(json.dumps(receipt))
         os.replace(unnamed, job.receipt(rank))
 
-    def _stubbornly(self, path: Path, part: Part) -> Written:
+    def _stubbornly(self, path: Path, part: Part, until: float) -> Written:
         """Write one file, again and again while the disk refuses."""
-        until = time.monotonic() + self.patience
         path.parent.mkdir(exist_ok=True)
         while True:
             try:
@@ -218,7 +256,7 @@ class CheckpointWriter:
             except OSError as error:
                 path.unlink(missing_ok=True)
                 left = until - time.monotonic()
-                if left <= 0:
+                if left <= 0 or not path.parent.exists():  # given up by the main process
                     raise
                 reason = error.strerror or error
                 log.warning("%s: %s; trying again for %.0f s", path.parent, reason, left)
@@ -242,9 +280,9 @@ class CheckpointWriter:
         for name, text in job.texts.items():
             (job.temporary / name).write_text(text)
         seal(job.temporary, known)
+        self.check()
         finish_folder(job.temporary, job.folder)
         point_latest(job.folder)
-        remove_old(self.config)
 
 
 def _buffer(tensor: Tensor) -> Tensor:
@@ -274,5 +312,9 @@ def remove_old(config: Config) -> None:
     for folder in checkpoints(Path(config.run_dir))[last:]:
         if every == 0 or int(folder.name[5:]) % every != 0:
             going = folder.with_name(f".{folder.name}.old.tmp")
-            os.replace(folder, going)  # never half a checkpoint under its name
-            shutil.rmtree(going)
+            try:
+                shutil.rmtree(going, ignore_errors=True)
+                os.replace(folder, going)  # never half a checkpoint under its name
+                shutil.rmtree(going)
+            except OSError as error:  # somebody reads it: the next start sweeps
+                log.warning("%s: not removed: %s", folder, error.strerror or error)

@@ -1,6 +1,7 @@
 """What a run reports: progress, `metrics.jsonl`, and the loggers beside it."""
 
 import json
+import logging
 import math
 import resource
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 from config.schema import Config
 from core.distributed import Processes
 from core.files import complete_file
-from core.logging import progress
+from core.logging import get_logger, progress
 from models.dit import DiT
 from training.attempts import run_id
 from training.flops import matmul_rate, training_flops
@@ -25,6 +26,7 @@ from training.step import StepResult
 from training.validation import BINS
 
 METRICS_FILE = "metrics.jsonl"
+log: logging.Logger = get_logger("telemetry")
 
 
 class Telemetry:
@@ -44,6 +46,7 @@ class Telemetry:
         self.every = config.train.log_every
         self.last_step = config.train.max_steps
         self.loggers: list[Logger] = []
+        self.unwritten: list[str] = []
         self.metrics = Path(config.run_dir) / METRICS_FILE
         if processes.is_main:
             self._drop_entries_after(first_step)
@@ -167,8 +170,17 @@ class Telemetry:
             entry["capacity_by_noise"] = _without_nan(routing.capacity)
         for logger in self.loggers:
             logger.numbers(step, scalars, histograms)
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        self.unwritten.append(json.dumps(entry) + "\n")
+        try:
+            with self.metrics.open("a") as file:
+                file.write("".join(self.unwritten))
+        except OSError as error:
+            log.warning(
+                "%s: %s; %d entries wait in memory",
+                *(self.metrics, error.strerror or error, len(self.unwritten)),
+            )
+        else:
+            self.unwritten.clear()
 
     def _drop_entries_after(self, step: int) -> None:
         """Keep what belongs to the steps taken; a line that a kill cut short goes as well."""

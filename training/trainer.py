@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from config.schema import Config
 from config.validate import fitting_micro_batch
 from core.distributed import Processes, losses_named
-from core.errors import UserError
+from core.errors import ConfigError, UserError
 from core.files import sweep
 from core.locks import exclusive
 from core.logging import get_logger, quiet_other_processes
@@ -28,7 +28,15 @@ from models.sealed import checkpoints
 from models.summary import summarize
 from sampling.objectives import build_objective
 from training.attempts import record_attempt
-from training.checkpoint import TrainingState, initialise, resume, save_checkpoint, saved_tensors
+from training.checkpoint import (
+    TrainingState,
+    check_start,
+    checkpoint_of,
+    initialise,
+    resume,
+    save_checkpoint,
+    saved_tensors,
+)
 from training.dump import dump_nonfinite
 from training.ema import EMA
 from training.interruption import StopRequest
@@ -53,11 +61,11 @@ def train(config: Config, processes: Processes) -> None:
     """
     quiet_other_processes(processes)
     run_dir = Path(config.run_dir)
-    with losses_named(), exclusive(run_dir, "run_dir", processes):
+    with losses_named(), exclusive(run_dir, "run_dir", processes) as lock:
         if processes.is_main:
-            for folder in (run_dir, run_dir / "checkpoints", run_dir / "samples"):
+            for folder in (run_dir, *(run_dir / n for n in ("checkpoints", "samples", "attempts"))):
                 sweep(folder)
-        Trainer(config, processes).fit()
+        Trainer(config, processes).fit(lock.check)
 
 
 def _shared_evenly(config: Config, processes: Processes) -> Config:
@@ -92,8 +100,13 @@ class Trainer:
         self.data = training_data(config, processes)
         self.objective = build_objective(config.objective)
         self.looks = Looks(config, self.objective, self.data.source.latent_shape, processes)
+        checkpoint = checkpoint_of(config, processes)
+        self.begins = checkpoint is None
+        if self.begins:
+            check_start(config, processes)
         self.state = self._build()
-        resume(self.state, processes)
+        if checkpoint is not None:
+            resume(self.state, checkpoint, processes)
         bare = self.state.model
         model = prepare(bare, config, processes)
         self.train_step = TrainStep(
@@ -101,24 +114,32 @@ class Trainer:
         )
         self.streak = torch.zeros(2, device=processes.device)  # of skipped steps: now, longest
 
-    def fit(self) -> None:
-        """Take the steps that are left, and write the last checkpoint."""
+    def fit(self, check: Callable[[], None] = lambda: None) -> None:
+        """Take the steps that are left, and write the last checkpoint.
+
+        Args:
+            check: raises where the run is not this process's any more.
+        """
+        self.check = check
         state, last = self.state, self.config.train.max_steps
         if state.step >= last:
             log.info("%s: already at step %d", self.run_dir, state.step)
         else:
             self._announce()
-        self.writer = CheckpointWriter(self.config, self.processes)
+        self.writer = CheckpointWriter(self.config, self.processes, check)
         self.saved = state.step
         began, first = time.perf_counter(), state.step
         record_attempt(self.config, state.step, self.processes)
         telemetry = Telemetry(self.config, self.processes, state.step, state.running)
-        with StopRequest(self.processes).listening() as stop, self._closing(telemetry):
+        with (
+            StopRequest(self.processes, self.config.train.timeout).listening() as stop,
+            self._closing(telemetry),
+        ):
             ema = state.emas["ema"].model
             self.looks.catch_up(state.step, ema, telemetry, stop)
             self._take_steps(telemetry, stop)
-        if state.step < last:
-            log.warning("%s: stopped at step %d; --resume auto goes on", stop.name, state.step)
+        if stop.agreed:
+            log.info("stopped at step %d; --resume auto goes on", state.step)
         elif first < last:
             self._say_what_next(last - first, time.perf_counter() - began)
 
@@ -137,11 +158,12 @@ class Trainer:
             if state.step == first + 1:  # the optimizer has its moments now
                 self.writer.reserve(saved_tensors(state))
             with telemetry.pause():
+                self.check()
                 if not stop.due(state.step):
                     self._write_what_is_due(telemetry, stop)
         profiler.stop()
         if self.saved != state.step:
-            self._save(telemetry)
+            self._save(telemetry, last=True)
         self.writer.finish()
 
     @contextmanager
@@ -185,16 +207,19 @@ class Trainer:
         if telemetry.is_due(state.step):
             phases = self.train_step.clock.read()
             telemetry.report(state.step, result, state.model, lr, phases)
-            self._check_streak(result)
+            self._check_streak(result, telemetry)
 
-    def _check_streak(self, result: StepResult) -> None:
-        """Stop after too many skipped steps in a row; what they started from is kept."""
+    def _check_streak(self, result: StepResult, telemetry: Telemetry) -> None:
+        """Stop after too many skipped steps in a row; they changed nothing, which is saved."""
         limit = self.config.train.max_nonfinite_steps
         longest = int(self.streak[1])
         if longest < limit:
             return
         where = dump_nonfinite(self.state, result, self.processes)
-        raise UserError(
+        if self.saved != self.state.step:
+            self._save(telemetry, last=True)
+            self.writer.settle()
+        raise ConfigError(
             f"training: {longest} steps in a row had a non-finite loss or gradient "
             f"(train.max_nonfinite_steps {limit}); {where}"
         )
@@ -233,7 +258,8 @@ class Trainer:
         """The model with its first weights, on the CPU."""
         torch.manual_seed(derive_seed(self.config.seed, "weights"))
         model = build_model(self.config.model)
-        initialise(self.config, model)
+        if self.begins:
+            initialise(self.config, model)
         return model
 
     def _build_sharded(self, count: int) -> list[DiT]:
@@ -252,13 +278,13 @@ class Trainer:
     def _write_what_is_due(self, telemetry: Telemetry, stop: StopRequest) -> None:
         train, step = self.config.train, self.state.step
         if step % train.ckpt_every == 0 or step == train.max_steps:
-            self._save(telemetry)
+            self._save(telemetry, last=step == train.max_steps)
         self.looks.take(step, self.state.emas["ema"].model, telemetry, stop)
 
-    def _save(self, telemetry: Telemetry) -> None:
+    def _save(self, telemetry: Telemetry, last: bool) -> None:
         self.state.running = telemetry.running()
-        save_checkpoint(self.state, self.writer)
-        self.saved = self.state.step
+        if save_checkpoint(self.state, self.writer, last):
+            self.saved = self.state.step
 
     def _announce(self) -> None:
         if not self.processes.is_main:

@@ -7,6 +7,12 @@ from programs import Program
 from training.verify_resume import write_cache
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """A disk that does not answer is asked again at once."""
+    monkeypatch.setattr("models.sealed.PAUSES", (0.01, 0.01))
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """What is tested here takes no computation."""

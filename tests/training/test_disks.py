@@ -1,5 +1,6 @@
 """Checkpoints beside training, and disks that are slow, full, read-only or away."""
 
+import json
 import logging
 import os
 import stat
@@ -15,6 +16,7 @@ import training.saving
 from core.errors import UserError
 from core.tensors import DTYPES, write_tensors
 from models.pretrained import find_checkpoint
+from models.sealed import checkpoints
 from training.faults import before
 from training.step import TrainStep
 
@@ -80,7 +82,6 @@ def unreadable(monkeypatch, times):
         return read(path)
 
     monkeypatch.setattr(models.sealed, "file_hash", refuse)
-    monkeypatch.setattr(models.sealed, "PAUSES", (0.01, 0.01))
 
 
 def test_a_moment_without_the_disk_costs_nothing(flags, tmp_path, monkeypatch, caplog):
@@ -130,6 +131,59 @@ def test_a_disk_that_is_full_for_a_while_loses_nothing(flags, tmp_path, monkeypa
     run(flags(train__ckpt_every=8))
     assert "No space left on device; trying again for" in caplog.text
     assert find_checkpoint(tmp_path / "run").name == "step_0000008"
+
+
+def test_a_full_disk_does_not_end_training_at_its_log(flags, tmp_path, monkeypatch, caplog):
+    """Entries wait in memory; TensorBoard's file is begun anew."""
+    left, opened = [2], Path.open
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(path, *arguments, **options):
+        if path.name == "metrics.jsonl" and left[0] > 0 and "a" in arguments:
+            left[0] -= 1
+            raise OSError(28, "No space left on device", str(path))
+        return opened(path, *arguments, **options)
+
+    def refuse(*_, **__):
+        if left[0] > 0:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(SummaryWriter, "add_scalar", refuse)
+    run(flags())
+    assert "metrics.jsonl: No space left on device; 1 entries wait in memory" in caplog.text
+    assert "tensorboard: numbers up to step 2 are missing: No space left on device" in caplog.text
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 6, 8]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_not_the_new_ones_fault(
+    flags, tmp_path, monkeypatch, caplog
+):
+    import shutil
+
+    remove = shutil.rmtree
+
+    def busy(path, ignore_errors=False, **options):
+        if str(path).endswith(".old.tmp") and not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+        return remove(path, ignore_errors=ignore_errors, **options)
+
+    monkeypatch.setattr(training.saving.shutil, "rmtree", busy)
+    run(flags(train__keep_last=1))
+    assert "step_0000002: not removed: Directory not empty" in caplog.text
+    assert "could not be written" not in caplog.text
+    assert find_checkpoint(tmp_path / "run").name == "step_0000008"
+
+
+def test_a_disk_that_is_too_slow_skips_a_checkpoint(flags, tmp_path, monkeypatch, caplog):
+    """Nobody waits longer than half of the timeout; the last one is waited for."""
+    monkeypatch.setattr(training.saving, "write_tensors", training.saving.write_tensors)
+    before(training.saving, "write_tensors", lambda *_: time.sleep(0.7))
+    run(flags(train__timeout=2, train__max_steps=6))
+    assert "step_0000004 is skipped: the disk still writes the checkpoint before" in caplog.text
+    names = [path.name for path in checkpoints(tmp_path / "run")]
+    assert names == ["step_0000006", "step_0000002"]
 
 
 def test_a_read_only_run_folder_is_one_line(flags, tmp_path, start):

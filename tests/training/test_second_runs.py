@@ -167,6 +167,49 @@ def test_a_lock_of_another_host_is_kept_while_it_beats(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_owner_notices_that_its_lock_is_anothers(flags, tmp_path, monkeypatch):
+    """A process that slept on another host while its lock was taken over writes nothing more."""
+    monkeypatch.setattr(core.locks, "BEAT", 0.02)
+    lock = Lock(tmp_path, "run_dir")
+    lock.take()
+    lock.check()
+    other = json.loads((tmp_path / ".lock").read_text()) | {"token": "another"}
+    (tmp_path / ".lock").write_text(json.dumps(other))
+    wait_for(lambda: lock.lost, seconds=10)
+    with pytest.raises(UserError, match=r"run_dir: .* was taken over by another process"):
+        lock.check()
+    os.utime(tmp_path / ".lock", (1, 1))
+    time.sleep(0.1)
+    assert (tmp_path / ".lock").stat().st_mtime == 1
+    lock.release()
+    assert (tmp_path / ".lock").exists()
+
+
+def test_a_dead_process_that_nobody_has_noticed_owns_nothing(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    wait_for(lambda: " Z " in Path(f"/proc/{dead.pid}/stat").read_text())
+    mine = Lock(tmp_path, "run_dir")
+    mine.take()
+    about = json.loads((tmp_path / ".lock").read_text())
+    mine.release()
+    started = Path(f"/proc/{dead.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    about |= {"pid": dead.pid, "started": started}
+    (tmp_path / ".lock").write_text(json.dumps(about))
+    mine = Lock(tmp_path, "run_dir")
+    mine.take()
+    mine.release()
+    dead.wait()
+
+
+def test_a_resume_does_not_need_what_the_run_began_with(flags, tmp_path):
+    run(flags("first", train__max_steps=2))
+    argv = flags(init_from=tmp_path / "first")
+    run([*argv, "--train.max_steps=4"])
+    (tmp_path / "first").rename(tmp_path / "gone")
+    run(argv)
+    assert find_checkpoint(tmp_path / "run").name == "step_0000008"
+
+
 def test_the_owner_touches_its_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(core.locks, "BEAT", 0.05)
     lock = Lock(tmp_path, "run_dir")
@@ -210,6 +253,27 @@ def spoil(self, norm, loss, records):
     norm.fill_(float("nan"))
 before(TrainStep, "_step", spoil)
 """
+
+
+def test_sharded_averages_can_be_looked_at_in_between(flags, tmp_path, cache):
+    """Grids and validations, also when one of two processes is stopped in one, change nothing."""
+    looks = {"train__val_every": 2, "train__num_val_samples": 8, "data__val_cached_path": cache}
+    looks |= {"train__sample_every": 4, "sampling__num_steps": 3}
+    argv = flags("whole", parallel__strategy="fsdp", **looks)
+    assert [program.end()[0] for program in pair(tmp_path, argv, ("without_vae()",) * 2)] == [0, 0]
+    stop = """
+without_vae()
+before(Looks, "_grid_latents", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+"""
+    argv = flags(parallel__strategy="fsdp", **looks)
+    programs = pair(tmp_path, argv, ("without_vae()", stop))
+    assert [program.end()[0] for program in programs] == [0, 0]
+    assert find_checkpoint(tmp_path / "run").name == "step_0000004"
+    assert [program.end()[0] for program in pair(tmp_path, argv, ("without_vae()",) * 2)] == [0, 0]
+    same(tmp_path / "whole", tmp_path / "run")
+    for name in ("step_0000004.png", "step_0000008.png"):
+        one, other = (tmp_path / r / "samples" / name for r in ("whole", "run"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_sharded_weights_are_dumped_too(flags, tmp_path):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from tiny_runs import poisoned, run
 
 from config.load import parse_config
 from core.errors import UserError
+from models.pretrained import find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,6 +28,8 @@ def test_a_second_dump_does_not_hide_the_cause(flags, tmp_path, monkeypatch):
         cause = r"3 steps in a row had a non-finite loss .*; weights and facts are in "
         with pytest.raises(UserError, match=f"{cause}{folder}$"):
             run(argv)
+        assert find_checkpoint(tmp_path / "run").name == "step_0000005"  # skipped steps are sound
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
         facts = json.loads((folder / "facts.json").read_text())
         assert facts["parameters_with_nonfinite_gradient"] == ["final.linear.bias"]
 
@@ -83,6 +87,7 @@ def test_a_logger_that_is_not_installed_is_one_line(flags, monkeypatch):
 def test_progress_in_a_file_is_lines_and_errors_stand_alone(flags, tmp_path, start):
     fault = """
 from core.errors import UserError
+from models.pretrained import find_checkpoint
 def refuse(self, batches, step):
     if step == 5:
         raise UserError("the reason")

@@ -15,7 +15,7 @@ from models.build import build_model
 from models.pretrained import find_checkpoint, load_pretrained, load_weights, save_weights
 from models.sealed import seal
 from training import router_state
-from training.checkpoint import TrainingState, resume, save_checkpoint
+from training.checkpoint import TrainingState, checkpoint_of, resume, save_checkpoint
 from training.ema import EMA
 from training.optim import (
     build_optimizer,
@@ -163,7 +163,7 @@ def test_a_resumed_run_is_where_it_stopped(tmp_path):
     save(state, 3)
     twin = parts(tmp_path)
     twin.config.resume = "auto"
-    resume(twin, ALONE)
+    resume(twin, checkpoint_of(twin.config, ALONE), ALONE)
     assert twin.step == 3
     for name, module in state.modules().items():
         for key, tensor in module.state_dict().items():
@@ -196,11 +196,10 @@ def test_checkpoints_hold_no_pickle_and_the_newest_is_found(tmp_path):
 
 def test_a_run_with_checkpoints_is_not_overwritten(tmp_path):
     state = parts(tmp_path)
-    resume(state, ALONE)
-    assert state.step == 0
+    assert checkpoint_of(state.config, ALONE) is None
     save(state, 1)
     with pytest.raises(UserError, match=r"has checkpoints; give --resume auto"):
-        resume(state, ALONE)
+        checkpoint_of(state.config, ALONE)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
@@ -208,7 +207,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     deeper = parts(tmp_path, depth=4)
     deeper.config.resume = "auto"
     with pytest.raises(UserError, match=r"another architecture: model\.depth is 2 there, 4 here"):
-        resume(deeper, ALONE)
+        resume(deeper, checkpoint_of(deeper.config, ALONE), ALONE)
 
 
 def test_weights_of_another_architecture_are_named(tmp_path):
