@@ -93,3 +93,14 @@ def mount(*words: str) -> None:
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")
     Path("/proc/self/gid_map").write_text(f"0 {group} 1")
     subprocess.run(["mount", *map(str, words)], check=True)
+
+
+def can_mount() -> bool:
+    """Whether this machine lets a process have mounts of its own."""
+    import shutil
+    import subprocess
+
+    own = ["unshare", "--map-root-user", "--mount", "true"]
+    return (
+        bool(shutil.which("unshare")) and subprocess.run(own, capture_output=True).returncode == 0
+    )

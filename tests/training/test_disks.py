@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import can_mount
 from tiny_runs import contents, run
 
 import models.sealed
@@ -21,6 +22,7 @@ from training.faults import before
 from training.step import TrainStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+own_mounts = pytest.mark.skipif(not can_mount(), reason="no mounts of one's own here")
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(flags, tmp_path, monkeypatch):
@@ -102,6 +104,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(flags, tmp_path, monk
     assert contents(tmp_path / "run" / "checkpoints") == there
 
 
+@own_mounts
 def test_a_full_disk_at_a_checkpoint(flags, tmp_path, start):
     """Half of a checkpoint's space is left: training goes on, the first one stays whole."""
     disk = tmp_path / "disk"
@@ -186,6 +189,7 @@ def test_a_disk_that_is_too_slow_skips_a_checkpoint(flags, tmp_path, monkeypatch
     assert names == ["step_0000006", "step_0000002"]
 
 
+@own_mounts
 def test_a_read_only_run_folder_is_one_line(flags, tmp_path, start):
     run(flags(train__max_steps=2))
     folder = tmp_path / "run"
