@@ -8,23 +8,20 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from data.scenes import (
+from data.compositions import (
     DIGITS,
-    METADATA,
     PALETTE,
-    PROMPTS,
     RELATIONS,
     TAGS,
     Draw,
     arrange,
     is_seen,
     relations,
-    scans_of,
     scene,
     unseen_color,
     unseen_relation,
-    write_scenes,
 )
+from data.scenes import METADATA, PROMPTS, scans_of, write_scenes
 
 
 @pytest.fixture(scope="module")
