@@ -1,11 +1,11 @@
 """Combinations that cannot work, found before any model is built or data is read."""
 
 import math
-import os
 
 from config.objective import SAMPLERS, SDE_METHODS, DDPMConfig, FlowConfig, SamplingConfig
 from config.schema import Config, OptimConfig
 from config.validate_model import check_model, least_parameters, require
+from core.limits import host_memory
 
 
 def validate(config: Config, world_size: int | None = 1) -> None:
@@ -207,7 +207,7 @@ def check_memory(config: Config, world_size: int) -> None:
     """
     shares = world_size if config.parallel.strategy == "fsdp" else 1
     least = 4 * least_parameters(config.model) / shares  # float32
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = host_memory()
     require(
         least <= memory,
         f"model.hidden_size: {config.model.hidden_size} with model.depth {config.model.depth} and "

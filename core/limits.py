@@ -13,6 +13,11 @@ import torch
 from core.errors import ConfigError
 
 
+def host_memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def check_memory(flag: str, count: int, bytes_each: int, device: torch.device) -> None:
     """Refuse `count` things at once that need more memory than the device has.
 
@@ -28,7 +33,7 @@ def check_memory(flag: str, count: int, bytes_each: int, device: torch.device) -
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = host_memory()
     if count * bytes_each > memory:
         most = memory // bytes_each
         raise ConfigError(
