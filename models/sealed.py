@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ from core.logging import get_logger, progress
 from core.tensors import Written
 
 MANIFEST_FILE = "manifest.json"
+LATEST = "latest"
 STEP_NAME = re.compile(r"step_\d+")
 """Names of finished checkpoints below `<run>/checkpoints`."""
 
@@ -128,3 +131,31 @@ def checkpoints(run_dir: Path) -> list[Path]:
     found = (run_dir / "checkpoints").glob("step_*")
     named = [path for path in found if STEP_NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def point_latest(folder: Path) -> None:
+    """Let `latest` beside the checkpoint lead to it, in one move."""
+    link = folder.with_name(LATEST)
+    temporary = folder.with_name(f".{LATEST}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        os.replace(temporary, link)
+    except OSError as error:  # a folder of that name, or a file system without links
+        temporary.unlink(missing_ok=True)
+        log.warning("%s: stays as it is: %s; %s is whole", link, error.strerror, folder)
+
+
+def remove_old(run_dir: Path, keep_last: int, keep_every: int) -> None:
+    """Keep the newest `keep_last` checkpoints, 0 for all, and those of every `keep_every` steps."""
+    if keep_last == 0:
+        return
+    for folder in checkpoints(run_dir)[keep_last:]:
+        if keep_every == 0 or int(folder.name[5:]) % keep_every != 0:
+            going = folder.with_name(f".{folder.name}.old.tmp")
+            try:
+                shutil.rmtree(going, ignore_errors=True)
+                os.replace(folder, going)  # never half a checkpoint under its name
+                shutil.rmtree(going)
+            except OSError as error:  # somebody reads it: the next start sweeps
+                log.warning("%s: not removed: %s", folder, error.strerror or error)

@@ -23,12 +23,11 @@ from core.files import begin_folder, finish_folder
 from core.logging import get_logger
 from core.tensors import Written, write_tensors
 from models.pretrained import CONFIG_FILE, STATE_FILE
-from models.sealed import checkpoints, seal
+from models.sealed import point_latest, remove_old, seal
 from training.parts import Part, part_of
 
 log: logging.Logger = get_logger("saving")
 
-LATEST = "latest"
 AGAIN = 10.0
 """Seconds until a file that the disk refused is tried again."""
 
@@ -216,7 +215,8 @@ class CheckpointWriter:
             self._write_parts(job)
             if self.processes.is_main:
                 self._complete(job)
-                remove_old(self.config)
+                train = self.config.train
+                remove_old(Path(self.config.run_dir), train.keep_last, train.keep_every)
         except Exception as error:
             reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             self._failed(job.folder, reason)
@@ -289,32 +289,3 @@ def _buffer(tensor: Tensor) -> Tensor:
     """Memory on the CPU for a copy of a tensor, which a GPU can write to by itself."""
     pinned = tensor.device.type == "cuda"
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-
-
-def point_latest(folder: Path) -> None:
-    """Let `latest` beside the checkpoint lead to it, in one move."""
-    link = folder.with_name(LATEST)
-    temporary = folder.with_name(f".{LATEST}.{os.getpid()}.tmp")
-    try:
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(folder.name)
-        os.replace(temporary, link)
-    except OSError as error:  # a folder of that name, or a file system without links
-        temporary.unlink(missing_ok=True)
-        log.warning("%s: stays as it is: %s; %s is whole", link, error.strerror, folder)
-
-
-def remove_old(config: Config) -> None:
-    """Keep the newest `keep_last` checkpoints, and those of every `keep_every` steps."""
-    last, every = config.train.keep_last, config.train.keep_every
-    if last == 0:
-        return
-    for folder in checkpoints(Path(config.run_dir))[last:]:
-        if every == 0 or int(folder.name[5:]) % every != 0:
-            going = folder.with_name(f".{folder.name}.old.tmp")
-            try:
-                shutil.rmtree(going, ignore_errors=True)
-                os.replace(folder, going)  # never half a checkpoint under its name
-                shutil.rmtree(going)
-            except OSError as error:  # somebody reads it: the next start sweeps
-                log.warning("%s: not removed: %s", folder, error.strerror or error)

@@ -65,7 +65,7 @@ def train(config: Config, processes: Processes) -> None:
         if processes.is_main:
             for folder in (run_dir, *(run_dir / n for n in ("checkpoints", "samples", "attempts"))):
                 sweep(folder)
-        Trainer(config, processes).fit(lock.check)
+        Trainer(config, processes, lock.check).fit()
 
 
 def _shared_evenly(config: Config, processes: Processes) -> Config:
@@ -90,12 +90,20 @@ def _shared_evenly(config: Config, processes: Processes) -> Config:
 
 
 class Trainer:
-    """One run: model, averages, optimizer and data of this process."""
+    """One run: model, averages, optimizer and data of this process.
 
-    def __init__(self, config: Config, processes: Processes):
+    Args:
+        config: of the run.
+        processes: all of which train.
+        check: raises where the run is not this process's any more.
+    """
+
+    def __init__(
+        self, config: Config, processes: Processes, check: Callable[[], None] = lambda: None
+    ):
         set_tf32(config.train.tf32)
         config = _shared_evenly(config, processes)
-        self.config, self.processes = config, processes
+        self.config, self.processes, self.check = config, processes, check
         self.run_dir = Path(config.run_dir)
         self.data = training_data(config, processes)
         self.objective = build_objective(config.objective)
@@ -107,6 +115,7 @@ class Trainer:
         self.state = self._build()
         if checkpoint is not None:
             resume(self.state, checkpoint, processes)
+        self.writer, self.saved = CheckpointWriter(config, processes, check), self.state.step
         bare = self.state.model
         model = prepare(bare, config, processes)
         self.train_step = TrainStep(
@@ -114,20 +123,13 @@ class Trainer:
         )
         self.streak = torch.zeros(2, device=processes.device)  # of skipped steps: now, longest
 
-    def fit(self, check: Callable[[], None] = lambda: None) -> None:
-        """Take the steps that are left, and write the last checkpoint.
-
-        Args:
-            check: raises where the run is not this process's any more.
-        """
-        self.check = check
+    def fit(self) -> None:
+        """Take the steps that are left, and write the last checkpoint."""
         state, last = self.state, self.config.train.max_steps
         if state.step >= last:
             log.info("%s: already at step %d", self.run_dir, state.step)
         else:
             self._announce()
-        self.writer = CheckpointWriter(self.config, self.processes, check)
-        self.saved = state.step
         began, first = time.perf_counter(), state.step
         record_attempt(self.config, state.step, self.processes)
         telemetry = Telemetry(self.config, self.processes, state.step, state.running)
