@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from benchmarks.measure import machine, report
 from config.files import find_config
 from config.load import load_config
-from core.command_line import Parser, positive
+from core.command_line import Parser, file_to_write, positive
 from core.distributed import Processes
 from core.errors import UserError, command
 from core.files import file_hash, to_disk
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the state")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds; medians are shown")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary one")
-    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--out", type=file_to_write, help="JSON file to write")
     flags = parser.parse_args()
     state = state_of(flags.config, torch.device(flags.device))
     stopped: dict[str, list[float]] = {way: [] for way in WAYS}

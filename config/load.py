@@ -7,6 +7,7 @@ that name.
 
 import copy
 import dataclasses
+import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +153,10 @@ def _from_file(kind: type, raw: dict, path: Path | None) -> Any:
         raise ConfigError(str(error) if path is None else f"{path}: {error}") from None
 
 
+NO_KEYS = ("config", "help", "print_config", "model.size")
+"""Flags that are no keys of a config."""
+
+
 def _with_flags(raw: dict, keys: dict[str, Text]) -> Config:
     """The config of a file's values with those of flags over them."""
     for path, value in keys.items():
@@ -159,7 +164,9 @@ def _with_flags(raw: dict, keys: dict[str, Text]) -> Config:
     try:
         return build(Config, raw)
     except UnknownKeyError as error:
-        hint = error.hint(dashes="--") or "--help lists the keys"
+        own = difflib.get_close_matches(error.path, NO_KEYS, n=1, cutoff=0.75)
+        own = f"did you mean --{own[0]}?" if own else "--help lists the keys"
+        hint = error.hint(dashes="--") or own
         raise ConfigError(f"--{error.path}: unknown key; {hint}") from None
     except ConfigError as error:
         section = next((p for p in keys if str(error).startswith(f"{p}: a section")), None)

@@ -35,6 +35,7 @@ TRAIN = """
 --seed | --seed: a value is missing
 train | train: unknown; a value follows its flag
 --seeed 1 | --seeed: unknown key; did you mean --seed?
+--confg x | --confg: unknown key; did you mean --config?
 --lr 1e-4 | --lr: unknown key; did you mean --optim.lr?
 --hidden_size 8 | did you mean --model.hidden_size?
 --nothing-of-the-kind 1 | --nothing_of_the_kind: unknown key; --help lists the keys
