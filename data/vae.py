@@ -4,11 +4,7 @@ Shapes: B batch, C latent channels, H and W of the image, h = H / factor and w =
 """
 
 import hashlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,15 +12,13 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.precision import exact_float32
+from data.hub import is_local, on_hub, quiet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
 KNOWN_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft-ema"}
 """Short names of the two VAEs that DiT and its successors use."""
-
-HUB_PATIENCE = 10.0
-"""Seconds to wait for the hub's first answer."""
 
 
 class VAE:
@@ -142,15 +136,14 @@ def load_autoencoder(path: str) -> "AutoencoderKL":
         UserError: nothing is there, it is no AutoencoderKL, or its weights do not fit.
     """
     allowed = "allowed: a hub id such as stabilityai/sd-vae-ft-mse, or a folder by save_pretrained"
-    local = Path(path).is_dir()
-    if not local and (path[:1] in ("", "/", ".", "~") or path.count("/") != 1):
-        raise UserError(f"data.vae_path: {path!r} is not a folder; {allowed}")
-    offline = not local and not _on_hub(path)
+    local = is_local(path, "data.vae_path", allowed)
+    offline = not local and not on_hub(path, "data.vae_path", "a VAE")
     from diffusers import AutoencoderKL
+    from diffusers.utils import logging
     from safetensors import SafetensorError
 
     try:
-        with _quiet_hub():
+        with quiet(logging):
             name = AutoencoderKL.load_config(path, local_files_only=offline).get("_class_name")
             if name != "AutoencoderKL":
                 raise UserError(f"data.vae_path: {path} holds {name}, not AutoencoderKL; {allowed}")
@@ -172,59 +165,3 @@ def load_autoencoder(path: str) -> "AutoencoderKL":
         missing = info["missing_keys"]
         raise UserError(f"data.vae_path: {path} lacks {len(missing)} weights, first {missing[0]}")
     return model
-
-
-def _on_hub(path: str) -> bool:
-    """Whether the hub answers for an id; False where a copy of an earlier download has to do.
-
-    Asked once before the libraries are, which try for half a minute on a lost network and then say
-    that a file is missing.
-
-    Raises:
-        UserError: the hub does not have it, or does not answer, and there is no copy.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-
-    try:
-        with _quiet_hub():
-            get_hf_file_metadata(hf_hub_url(path, "config.json"), timeout=HUB_PATIENCE)
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"data.vae_path: {path} is neither a local folder nor a VAE on the hub that may be read"
-        ) from error
-    except HfHubHTTPError:  # it answers; the libraries try again, or say what is missing
-        return True
-    # Its HTTP library's errors of every kind, which have no base of their own.
-    except Exception as error:
-        if isinstance(try_to_load_from_cache(path, "config.json"), str):
-            return False
-        reason = " ".join(str(error).split()).rstrip(".")[:100]
-        raise UserError(
-            f"data.vae_path: {path} is not a local folder, and the hub cannot be reached "
-            f"({reason}); give a folder by save_pretrained, or download it where there is a "
-            f"network (hf download {path}) and copy the folder here"
-        ) from error
-    return True
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Let errors speak, not warnings about optional packages, retries and requests."""
-    from diffusers.utils import logging as diffusers_logging
-
-    loggers = [logging.getLogger(name) for name in ("diffusers", "huggingface_hub", "httpx")]
-    levels = [logger.level for logger in loggers]
-    progress = diffusers_logging.is_progress_bar_enabled()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        diffusers_logging.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if progress:
-            diffusers_logging.enable_progress_bar()

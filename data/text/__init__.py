@@ -1,0 +1,1 @@
+"""Captions: read from datasets, encoded by a frozen text encoder, cached beside the latents."""
