@@ -133,7 +133,7 @@ def _prepare(
             return _finished(out)
         if options.overwrite:
             _clear(out)
-        refusal = _other_plan(out, plan)
+        refusal = other_plan(out, plan)
         if refusal is not None:
             return f"data.cached_path: {out} holds {refusal}; --overwrite starts anew"
         if not (out / PLAN).exists():
@@ -147,7 +147,7 @@ def _prepare(
         return f"data.cached_path: cannot write to {out}: {error.strerror or error}"
 
 
-def _other_plan(out: Path, plan: dict) -> str | None:
+def other_plan(out: Path, plan: dict) -> str | None:
     """The unfinished cache in a folder that is not gone on with; None where all is well."""
     if not (out / PLAN).exists():
         return None

@@ -15,6 +15,9 @@ from torch import Tensor
 from core.errors import UserError
 from core.logging import progress
 from data.manifest import KINDS, VIEWS, read_manifest, shard_path, stored_dtype
+from data.mapped import mapped
+
+FIELD = "data.cached_path"
 
 
 class Moments(Protocol):
@@ -97,6 +100,20 @@ class LatentCache:
         counts = (shard.count for shard in self.manifest.shards)
         return [(int(end) - n, int(end)) for end, n in zip(self._ends, counts, strict=True)]
 
+    def names(self) -> list[str]:
+        """Paths of all images below the folder that they came from, in order.
+
+        Raises:
+            UserError: naming a file that changed.
+        """
+        found = []
+        for shard in self.manifest.shards:
+            shard.check_contents(self.folder, "names")
+            path = shard_path(self.folder, "names", shard.number)
+            lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+            found += [line.replace("\\n", "\n") for line in lines]
+        return found
+
     def verify(self) -> None:
         """Read every byte and compare with the checksums.
 
@@ -168,10 +185,10 @@ class _OpenShard:
             shard.check_contents(folder, kind)
         self.path = shard_path(folder, "moments", shard.number)
         shape = (shard.count, VIEWS, 2 * channels, height, width)
-        self.moments = _mapped(self.path, shape, dtype).reshape(VIEWS * shard.count, -1)
+        self.moments = mapped(self.path, shape, dtype, FIELD).reshape(VIEWS * shard.count, -1)
         labels, checks = (shard_path(folder, kind, shard.number) for kind in ("labels", "checks"))
-        self.labels = _mapped(labels, (shard.count,), np.dtype(np.int64))
-        self.checks = _mapped(checks, (shard.count, VIEWS), np.dtype(np.uint32)).ravel()
+        self.labels = mapped(labels, (shard.count,), np.dtype(np.int64), FIELD)
+        self.checks = mapped(checks, (shard.count, VIEWS), np.dtype(np.uint32), FIELD).ravel()
         self.checked = np.zeros(VIEWS * shard.count, dtype=bool)
 
     def read(self, places: np.ndarray) -> np.ndarray:
@@ -186,29 +203,6 @@ class _OpenShard:
                 )
             self.checked[place] = True
         return rows
-
-
-def _mapped(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A .npy file as an array that stays on disk.
-
-    By torch, since an array mapped by numpy holds a file descriptor, and 1024 is a usual limit.
-
-    Raises:
-        UserError: the file cannot be read, or its header is not of this shape and dtype.
-    """
-    try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"version {version} of .npy")
-            header = np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-        if header != (shape, False, dtype):
-            raise ValueError(f"holds {header[2]} {header[0]}, not {dtype} {shape}")
-        raw = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"data.cached_path: cannot read {path}: {error}") from error
-    return raw.numpy()[start:].view(dtype).reshape(shape)
 
 
 class JoinedCaches:

@@ -103,10 +103,21 @@ class TextEncoder:
         Raises:
             UserError: a caption has none.
         """
-        texts = [self.prefix + caption for caption in captions]
-        if not texts:
+        return self._tokenised(captions, truncation=True, max_length=self.max_length)
+
+    def lengths(self, captions: Sequence[str]) -> list[int]:
+        """How many tokens each caption has before it is cut.
+
+        Raises:
+            UserError: a caption has none.
+        """
+        return [len(numbers) for numbers in self._tokenised(captions, truncation=False)]
+
+    def _tokenised(self, captions: Sequence[str], **options: object) -> list[list[int]]:
+        if not captions:
             return []
-        found = self.tokenizer(texts, truncation=True, max_length=self.max_length).input_ids
+        texts = [self.prefix + caption for caption in captions]
+        found = self.tokenizer(texts, verbose=False, **options).input_ids
         for caption, numbers in zip(captions, found, strict=True):
             if not numbers:
                 raise UserError(
