@@ -18,11 +18,15 @@ from core.files import complete_file, file_hash
 from core.limits import check_out_file
 from core.logging import get_logger
 from data.compositions import TAGS
+from evaluations.json_lines import read_lines
 
 COLUMNS = dict(
     zip(TAGS, ("Single", "Two", "Counting", "Colors", "Position", "ColorAttr"), strict=True)
 )
 """Names of the tasks in tables of papers."""
+
+ROWS = ("scores", "seen", "unseen")
+"""Of the table, by their names in a summary."""
 
 log = get_logger("evaluations.geneval")
 
@@ -50,31 +54,10 @@ def read_results(path: Path) -> list[Result]:
     Raises:
         UserError: naming file, line and what is wrong.
     """
-    try:
-        lines = path.read_text().splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: no results: byte {error.start} is no UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path}: no results: {error.strerror}") from error
-    results = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                results.append(_result(line))
-            except UserError as error:
-                raise UserError(f"{path}: line {number}: {error}") from error
-    if not results:
-        raise UserError(f"{path}: has no results; wanted: a line of JSON for each image")
-    return results
+    return read_lines(path, "results", _result)
 
 
-def _result(line: str) -> Result:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"is {type(found).__name__}, not an object with tag and correct")
+def _result(found: dict) -> Result:
     missing = [name for name in ("tag", "correct", "metadata") if name not in found]
     if missing:
         raise UserError(f"has no {missing[0]}")
@@ -143,10 +126,6 @@ def table(found: dict[str, object]) -> str:
             values = (scores.get(tag) for tag in (*TAGS, "overall"))
             lines.append([name, *("-" if v is None else f"{v:.3f}" for v in values)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-ROWS = ("scores", "seen", "unseen")
-"""Of the table, by their names in a summary."""
 
 
 def show(results: list[Result]) -> dict[str, object]:
