@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,13 @@ class Prompted:
     names: list[str]
     images: Callable[[], Iterator[np.ndarray]]
     hashes: dict[str, str] = field(default_factory=dict)
+
+    def batches(self, size: int) -> Iterator[tuple[range, list[np.ndarray]]]:
+        """Up to `size` images at a time, after their indices."""
+        images = self.images()
+        for first in range(0, len(self.names), size):
+            indices = range(first, min(first + size, len(self.names)))
+            yield indices, list(islice(images, len(indices)))
 
 
 def read_prompted(path: Path) -> Prompted:

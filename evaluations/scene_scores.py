@@ -9,7 +9,6 @@ writes them; real ones show how far scores can go.
 import argparse
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -70,21 +69,15 @@ def judge(source: Prompted, scenes: list[Prompt], finder: Finder) -> Iterator[di
     Raises:
         UserError: an image that is no scene.
     """
-    images = _checked(source)
-    known = zip(source.names, scenes, strict=True)
     with progress(None, None, "scenes", "img", total=len(scenes), leave=False) as bar:
-        while batch := list(islice(images, BATCH)):
-            for found in find(finder, np.stack(batch)):
-                name, scene = next(known)
-                yield _line(name, scene, found)
-            bar.update(len(batch))
-
-
-def _checked(source: Prompted) -> Iterator[np.ndarray]:
-    for name, image in zip(source.names, source.images(), strict=True):
-        if image.shape != (SIZE, SIZE, 3):
-            raise UserError(f"{name}: scenes are ({SIZE}, {SIZE}, 3), this is {image.shape}")
-        yield image
+        for indices, images in source.batches(BATCH):
+            for i, image in zip(indices, images, strict=True):
+                if image.shape != (SIZE, SIZE, 3):
+                    shape = f"({SIZE}, {SIZE}, 3)"
+                    raise UserError(f"{source.names[i]}: scenes are {shape}, this is {image.shape}")
+            for i, found in zip(indices, find(finder, np.stack(images)), strict=True):
+                yield _line(source.names[i], scenes[i], found)
+            bar.update(len(images))
 
 
 def _line(name: str, scene: Prompt, found: list[Found]) -> dict[str, object]:

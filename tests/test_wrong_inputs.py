@@ -223,6 +223,16 @@ evaluations.geneval {latin} | {latin}: no results: byte 13 is no UTF-8
 evaluations.geneval {no_results} | {no_results}: no results in it; wanted: a JSON object in
 evaluations.geneval {no_task} | {no_task}: line 1: tag: unknown 'colour'; known: color_attr, colors
 evaluations.geneval {no_task} --out {empty} | --out: {empty} is a folder; name a file
+evaluations.clip_score | required: source
+evaluations.clip_score {nowhere} | {nowhere}: no set of samples; wanted: a folder with set.json
+evaluations.clip_score {empty} | {empty}: holds no images of prompts; wanted: a set of samples
+evaluations.clip_score {by_classes} | set.json: has no prompts, but classes; a set by prompts
+evaluations.clip_score {captioned} --model nothing | --model: 'nothing' is not a folder; allowed: a
+evaluations.clip_score {captioned} --model {empty} | --model: cannot load CLIP from {empty}
+evaluations.clip_score {captioned} --model {vae} | --model: cannot load CLIP from {vae}
+evaluations.clip_score {captioned} --modle {vae} | --modle: unknown; did you mean --model?
+evaluations.clip_score {captioned} --batch-size 0 | --batch-size: 0 is too small
+evaluations.clip_score {captioned} --out {empty} | --out: {empty} is a folder; name a file
 evaluations.scene_finder | required: --out
 evaluations.scene_finder --out {empty} | --out: {empty} is a folder; name a file
 evaluations.scene_finder --out {nowhere}/f | --out: no folder {nowhere} to write f to
