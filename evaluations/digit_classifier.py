@@ -3,7 +3,6 @@
 Shapes: N images, K classes, F features.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from core.errors import UserError
-from core.files import complete_file
 from core.rng import derive_seed, generator
 from data.images import ImageFolder, load_image
+from evaluations.weight_files import read_weights, write_weights
 
 SIZE = 32
 FORMAT = "diffmoe-digit-classifier-1"
@@ -153,12 +150,8 @@ def save_classifier(
     Raises:
         UserError: the folder of `path` does not exist.
     """
-    check_folder(path)
     about = {"class_names": classifier.class_names, "record": record or {}}
-    # One key: safetensors writes several in an arbitrary order, and equal files are easy to tell.
-    content = save(classifier.state_dict(), {FORMAT: json.dumps(about)})
-    with complete_file(Path(path)) as temporary:
-        temporary.write_bytes(content)
+    write_weights(Path(path), classifier.state_dict(), FORMAT, about)
 
 
 def load_classifier(path: str | Path) -> DigitClassifier:
@@ -167,30 +160,15 @@ def load_classifier(path: str | Path) -> DigitClassifier:
     Raises:
         UserError: no such file, or not such a file.
     """
-    if not Path(path).is_file():
-        raise UserError(f"classifier: no file {path}; make it with `python -m evaluations.digits`")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"classifier: cannot read {path}: {error}") from error
-    if FORMAT not in metadata:
-        raise UserError(f"classifier: {path} is no digit classifier: its metadata lack {FORMAT!r}")
-    class_names = json.loads(metadata[FORMAT])["class_names"]
+    made_by = ("classifier", "digit classifier", "evaluations.digits")
+    tensors, about = read_weights(Path(path), FORMAT, *made_by)
     with torch.random.fork_rng(devices=[]):
-        classifier = DigitClassifier(tuple(class_names))
+        classifier = DigitClassifier(tuple(about["class_names"]))
     try:
         classifier.load_state_dict(tensors)
     except RuntimeError as error:
         raise UserError(f"classifier: weights in {path} do not fit: {error}") from error
     return classifier.eval()
-
-
-def check_folder(path: str | Path) -> None:
-    """Raise UserError unless the folder that is to hold the file `path` exists."""
-    if not Path(path).absolute().parent.is_dir():
-        raise UserError(f"out: no folder {Path(path).parent} to write {Path(path).name} to")
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from evaluations.scene_finder import Finder, save_finder
 
 TRAIN = """
 --config nowhere.yaml | --config: no file nowhere.yaml, and no config of that name; there are such
@@ -212,6 +215,39 @@ evaluations.likelihood --ckpt {run} --val-cached-path {nowhere} | {nowhere}
 evaluations.threshold_search --ckpt {nowhere} | required: --metrics
 evaluations.sweep | required
 evaluations.routing_gap --ckpt {nowhere} --classes 0,1 | {nowhere}
+evaluations.geneval | required: results
+evaluations.geneval {nowhere} | {nowhere}: no results: No such file or directory
+evaluations.geneval {empty} | {empty}: no results: Is a directory
+evaluations.geneval {text} | {text}: line 1: is no JSON
+evaluations.geneval {latin} | {latin}: no results: byte 13 is no UTF-8
+evaluations.geneval {no_results} | {no_results}: no results in it; wanted: a JSON object in
+evaluations.geneval {no_task} | {no_task}: line 1: tag: unknown 'colour'; known: color_attr, colors
+evaluations.geneval {no_task} --out {empty} | --out: {empty} is a folder; name a file
+evaluations.clip_score | required: source
+evaluations.clip_score {nowhere} | {nowhere}: no set of samples; wanted: a folder with set.json
+evaluations.clip_score {empty} | {empty}: holds no images of prompts; wanted: a set of samples
+evaluations.clip_score {by_classes} | set.json: has no prompts, but classes; a set by prompts
+evaluations.clip_score {captioned} --model nothing | --model: 'nothing' is not a folder; allowed: a
+evaluations.clip_score {captioned} --model {empty} | --model: cannot load CLIP from {empty}
+evaluations.clip_score {captioned} --model {vae} | --model: cannot load CLIP from {vae}
+evaluations.clip_score {captioned} --modle {vae} | --modle: unknown; did you mean --model?
+evaluations.clip_score {captioned} --batch-size 0 | --batch-size: 0 is too small
+evaluations.clip_score {captioned} --out {empty} | --out: {empty} is a folder; name a file
+evaluations.scene_finder | required: --out
+evaluations.scene_finder --out {empty} | --out: {empty} is a folder; name a file
+evaluations.scene_finder --out {nowhere}/f | --out: no folder {nowhere} to write f to
+evaluations.scene_finder --out f --scenes 2 | --scenes: too few: 3 digits do not fill a batch of 64
+evaluations.scene_finder --out f --epochs 0 | --epochs: 0 is too small
+evaluations.scene_scores {images} | required: --finder
+evaluations.scene_scores {images} --finder {nowhere} | --finder: no file {nowhere}; make it with
+evaluations.scene_scores {images} --finder {text} | --finder: cannot read {text}
+evaluations.scene_scores {images} --finder {foreign} | --finder: {foreign} is no finder of scenes
+evaluations.scene_scores {nowhere} --finder {finder} | {nowhere}: no set of samples; wanted: a
+evaluations.scene_scores {images} --finder {finder} | {images}: holds no images of prompts; wanted
+evaluations.scene_scores {by_classes} --finder {finder} | has no prompts, but classes; a set by
+evaluations.scene_scores {captioned} --finder {finder} | 'a one': tag: unknown None; known:
+evaluations.scene_scores {captioned} --finder {finder} --prompts {nowhere} | {nowhere}: no prompts
+evaluations.scene_scores {captioned} --finder {finder} --out {empty} | --out: {empty} is a folder
 """
 
 MODELS = """
@@ -348,6 +384,10 @@ FILES = {
     "broken_npz/a/x.npz": b"no archive",
     "unet/config.json": b'{"_class_name": "UNet2DModel"}',
     "hollow/a/notes.txt": b"",
+    "no_results.jsonl": b"\n",
+    "no_task.jsonl": b'{"tag": "colour", "correct": true, "metadata": "{}"}\n',
+    "by_classes/set.json": b'{"checkpoint_sha256": "", "set_sha256": "", "config": {}}',
+    "captioned/metadata.jsonl": b'{"file_name": "metadata.jsonl", "text": "a one"}',
 }
 
 
@@ -364,6 +404,8 @@ def inputs(tmp_path_factory, cache_folder, vae_folder, image_root, tiny_config, 
     view = np.zeros((3, 8, 8), np.float32)
     np.savez(root / "npz" / "a" / "x.npz", moments=view, moments_flip=view)
     np.savez(root / "set.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    save_finder(root / "finder.safetensors", Finder(), {})
+    save_file({"weights": torch.zeros(3)}, root / "foreign.safetensors")
     torch.save({"model": Path("x")}, root / "pickle.pt")
     torch.save({"model": {"weights": torch.zeros(3)}}, root / "weights.pt")
     manifest = json.loads((cache_folder / "manifest.json").read_text())
@@ -379,6 +421,7 @@ def inputs(tmp_path_factory, cache_folder, vae_folder, image_root, tiny_config, 
     made = ("empty", "npz", *wrong)
     names |= {name: root / name for name in made} | {"set": root / "set.npz"}
     names |= {"pickle": root / "pickle.pt", "weights": root / "weights.pt"}
+    names |= {name: root / f"{name}.safetensors" for name in ("finder", "foreign")}
     names |= {"cache": cache_folder, "vae": vae_folder, "images": image_root, "run": trained}
     names |= {"image": image_root / "class0" / "00.png"}
     names["small"] = f"--config {tiny_config} --device cpu"
