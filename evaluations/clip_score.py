@@ -9,10 +9,7 @@ with metadata.jsonl.
 import argparse
 import hashlib
 import json
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +24,7 @@ from core.files import complete_file
 from core.limits import check_memory, check_out_file
 from core.logging import get_logger, progress
 from core.precision import exact_float32
+from data.hub import is_local, on_hub, quiet
 from evaluations.evaluate import add_batch_flags, device_of
 from evaluations.prompted import Prompted, read_prompted
 
@@ -34,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
 MODEL = "openai/clip-vit-large-patch14"
+ALLOWED = f"allowed: a hub id such as {MODEL}, or a folder by save_pretrained"
 FILE = "clip_score.json"
 """Beside a set."""
 
@@ -73,7 +72,7 @@ class Clip:
 
     def too_long(self, texts: list[str]) -> int:
         """How many texts have more tokens than the model reads."""
-        with _quiet():
+        with quiet():
             return sum(len(ids) > self.longest for ids in self.processor.tokenizer(texts).input_ids)
 
     @torch.inference_mode()
@@ -99,45 +98,40 @@ class Clip:
 
 
 def _load(path: str) -> tuple["CLIPModel", "CLIPProcessor"]:
-    allowed = f"allowed: a hub id such as {MODEL}, or a folder by save_pretrained"
-    if not Path(path).is_dir() and (path[:1] in ("", "/", ".", "~") or path.count("/") != 1):
-        raise UserError(f"--model: {path!r} is not a folder; {allowed}")
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, CLIPModel, CLIPProcessor
-
     try:
-        with _quiet():
-            kind = AutoConfig.from_pretrained(path).model_type
+        from transformers import AutoConfig, CLIPModel, CLIPProcessor
+        from transformers.utils import logging
+    except ImportError:
+        raise UserError("--model: needs transformers; pip install diffmoe[t2i]") from None
+    from safetensors import SafetensorError
+
+    local = is_local(path, "--model", ALLOWED)
+    options = {"local_files_only": not local and not on_hub(path, "--model", "a CLIP model")}
+    try:
+        with quiet(logging):
+            kind = AutoConfig.from_pretrained(path, **options).model_type
             if kind != "clip":
-                raise UserError(f"--model: {path} holds {kind}, not clip; {allowed}")
-            processor = CLIPProcessor.from_pretrained(path)
+                raise UserError(f"--model: {path} holds {kind}, not clip; {ALLOWED}")
+            processor = CLIPProcessor.from_pretrained(path, **options)
             model, info = CLIPModel.from_pretrained(
-                path, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                path,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **options,
             )
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        raise UserError(f"--model: cannot load CLIP from {path}: {error}; {allowed}") from error
+        raise UserError(f"--model: cannot load CLIP from {path}: {error}; {ALLOWED}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"--model: {path} lacks {len(missing)} weights, first {missing[0]}")
+    # Without files of a tokenizer the library makes up one that knows no words.
+    tokens, wanted = len(processor.tokenizer), model.config.text_config.vocab_size
+    if tokens != wanted:
+        raise UserError(f"--model: {path} has a tokenizer of {tokens} tokens; it needs {wanted}")
     return model, processor
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Let errors speak, not transformers' warnings and bars."""
-    from transformers.utils import logging as hub_logging
-
-    level, bars = hub_logging.get_verbosity(), hub_logging.is_progress_bar_enabled()
-    try:
-        hub_logging.set_verbosity(logging.ERROR)
-        hub_logging.disable_progress_bar()
-        yield
-    finally:
-        hub_logging.set_verbosity(level)
-        if bars:
-            hub_logging.enable_progress_bar()
 
 
 def score(source: Prompted, clip: Clip, batch_size: int) -> dict[str, object]:

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +15,9 @@ from data.scenes import METADATA
 from evaluations.features import image_batches, open_npz, read_image
 from evaluations.json_lines import read_lines
 from sampling.sets import Record, SetFolder, check_file, hashes_of, read_set
+
+GENEVAL = "geneval"
+"""In the folder of a set: the images in GenEval's layout, in place of the archive."""
 
 Prompt = dict[str, object]
 """What is known of a prompt: its text as `prompt`, and perhaps what it asks for."""
@@ -61,7 +64,7 @@ def read_prompted(path: Path) -> Prompted:
         if (path / METADATA).is_file():
             return _captioned(path)
         if _numbered(path):
-            return _geneval(path)
+            return _geneval(path, {})
         raise UserError(
             f"{path}: holds no images of prompts; wanted: a set of samples by prompts, folders "
             f"00000, 00001, ... as GenEval reads them, or images with {METADATA}"
@@ -74,8 +77,9 @@ def _set(path: Path) -> Prompted:
     hashes = hashes_of(record)
     prompts = _prompts(folder, record)
     kept = [place for place in (folder.archive, folder.images) if place.exists()]
-    if not kept and _numbered(folder.path):
-        found = _geneval(folder.path, hashes)
+    layout = folder.path / GENEVAL
+    if not kept and layout.is_dir():
+        found = replace(_geneval(layout, hashes), path=folder.path)
     elif not kept:
         raise UserError(f"{folder.path}: keeps no images; sample with --overwrite --save npz")
     elif kept[0] == folder.archive:
@@ -122,10 +126,10 @@ def _captioned(path: Path) -> Prompted:
         return path / file, {"prompt": text} | rest
 
     files, prompts = zip(*read_lines(path / METADATA, "captions", read), strict=True)
-    return _of_files(path, list(prompts), list(files))
+    return _of_files(path, list(prompts), list(files), {})
 
 
-def _geneval(path: Path, hashes: dict[str, str] | None = None) -> Prompted:
+def _geneval(path: Path, hashes: dict[str, str]) -> Prompted:
     def read(entry: dict) -> Prompt:
         _text(entry, "prompt")
         return entry
@@ -157,10 +161,10 @@ def _text(entry: dict, name: str) -> str:
 
 
 def _of_files(
-    path: Path, prompts: list[Prompt], files: list[Path], hashes: dict[str, str] | None = None
+    path: Path, prompts: list[Prompt], files: list[Path], hashes: dict[str, str]
 ) -> Prompted:
     images = functools.partial(map, read_image, files)
-    return Prompted(path, prompts, [str(file) for file in files], images, hashes or {})
+    return Prompted(path, prompts, [str(file) for file in files], images, hashes)
 
 
 def _rows(archive: Path) -> Iterator[np.ndarray]:

@@ -1,6 +1,7 @@
 """CLIP score by a tiny random model, against cosines computed one by one."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -146,8 +147,6 @@ def test_the_hash_is_of_the_weights(model, tmp_path):
 
 
 def test_models_that_are_refused(model, folder, tmp_path, monkeypatch, capsys):
-    import shutil
-
     def refused(path):
         with pytest.raises(SystemExit, match="2"):
             run(monkeypatch, folder, "--model", path)
@@ -167,4 +166,8 @@ def test_models_that_are_refused(model, folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(model, other)
     (other / "config.json").write_text('{"model_type": "bert"}')
     assert f"{other} holds bert, not clip" in refused(other)
+    speechless = tmp_path / "speechless"
+    shutil.copytree(model, speechless)
+    (speechless / "tokenizer.json").unlink()
+    assert "has a tokenizer of " in refused(speechless)
     assert not (folder / "clip_score.json").exists()

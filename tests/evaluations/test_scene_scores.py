@@ -1,6 +1,7 @@
 """The finder of scenes, GenEval's rules over what it finds, and the scores of images."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -329,23 +330,27 @@ def test_all_kinds_of_sources_score_the_same(scenes, finder_file, tmp_path, monk
         picture.save(place / "samples" / f"{i % 2:05d}.png")
         (place / METADATA).write_text(json.dumps(asked[i // 2]) + "\n")
     (files / "samples.npz").unlink()
+    inside = picture_set(tmp_path / "inside", asked, images, each=2)
+    (inside / "samples.npz").unlink()
+    shutil.copytree(layout, inside / "geneval")
     (tmp_path / "p.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in asked))
     found = []
-    for source in (archive, files, layout, texts):
+    for source in (archive, files, layout, inside, texts):
         out = tmp_path / f"{source.name}.jsonl"
         more = ["--prompts", tmp_path / "p.jsonl"] if source == texts else []
         run(monkeypatch, scene_scores, source, "--finder", finder_file, "--out", out, *more)
         found.append([(o["prompt"], o["correct"], o["unseen"]) for o in lines_of(out)])
         names = [o["filename"] for o in lines_of(out)]
         assert len(set(names)) == 24
-    assert found[0] == found[1] == found[2] == found[3]
+    assert all(one == found[0] for one in found)
     right = [correct for _, correct, _ in found[0]]
     assert sum(right[0::2]) >= 11
     assert sum(right[1::2]) <= 3
-    assert read_prompted(archive).hashes == {
-        "checkpoint_sha256": "c" * 64,
-        "set_sha256": "5" * 64,
-    }
+    for folder in (archive, inside):
+        source = read_prompted(folder)
+        hashes = {"checkpoint_sha256": "c" * 64, "set_sha256": "5" * 64}
+        assert (source.path, source.hashes) == (folder, hashes)
+    assert read_prompted(layout).hashes == {}
 
 
 BLACK = np.zeros((2, SIZE, SIZE, 3), np.uint8)
