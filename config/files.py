@@ -16,7 +16,7 @@ from config.yaml_files import read_yaml
 from core.errors import ConfigError, unknown_name
 
 FOLDER = Path(__file__).resolve().parent
-NOT_RUNS = ("imagenet256", "protocols")
+NOT_RUNS = ("imagenet256", "text256", "protocols")
 """Common ground of a family's runs, and the folder of evaluations: no runs by themselves."""
 
 

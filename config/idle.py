@@ -54,7 +54,34 @@ NEEDS = (
     Need("", "init_fresh", lambda c: c.init_from is not None, "init_from"),
     Need("data", "cached_path", lambda c: c.data.source != "images", "data.source latents or npz"),
     Need("data", "npz_contents", lambda c: c.data.source == "npz", "data.source npz"),
-    Need("data", "data_path", lambda c: c.data.source == "images", "data.source images"),
+    Need(
+        "data",
+        "data_path",
+        lambda c: c.data.source == "images" or c.data.text_source == "online",
+        "data.source images, or data.text_source online",
+    ),
+    Need(
+        "data",
+        "text_source text_cached_path val_text_cached_path caption_choice",
+        lambda c: c.model.text_hidden_size is not None,
+        "model.text_hidden_size",
+    ),
+    Need(
+        "data",
+        "text_cached_path",
+        lambda c: c.data.text_source == "cached",
+        "data.text_source cached",
+    ),
+    Need(
+        "data",
+        "captions path_key caption_key caption_template "
+        "text_encoder text_layer text_prefix text_dtype",
+        lambda c: c.data.text_source == "online",
+        "data.text_source online",
+    ),
+    Need(
+        "data", "val_text_cached_path", lambda c: c.train.val_every > 0, "train.val_every above 0"
+    ),
     Need("data", "shuffle_window", lambda c: c.data.order == "shards", "data.order shards"),
     Need("data", "val_cached_path", lambda c: c.train.val_every > 0, "train.val_every above 0"),
     Need(
@@ -101,7 +128,18 @@ NEEDS = (
         "a model.feed_forward.name other than dense",
     ),
     Need("model", "context_start", lambda c: c.model.context_tokens > 0, "model.context_tokens"),
-    Need("model", "label_dropout", lambda c: c.model.num_classes > 0, "model.num_classes above 0"),
+    Need(
+        "model",
+        "label_dropout",
+        lambda c: c.model.num_classes > 0 or c.model.text_hidden_size is not None,
+        "model.num_classes above 0, or model.text_hidden_size",
+    ),
+    Need(
+        "model",
+        "text_max_length text_refiner text_pooling",
+        lambda c: c.model.text_hidden_size is not None,
+        "model.text_hidden_size",
+    ),
     Need(
         "model",
         "mlp_ratio",

@@ -224,7 +224,15 @@ class ModelConfig:
             the middle half of the blocks, as JiT has it.
         num_classes: labels are 0 ... num_classes - 1; the null class is num_classes. 0 trains
             without labels.
-        label_dropout: probability of training a sample without its label, for guidance.
+        label_dropout: probability of training a sample without its label and caption, for
+            guidance.
+        text_hidden_size: width of the text encoder whose output the blocks attend to; by default
+            the model takes no text.
+        text_max_length: tokens of a text, to which shorter ones are filled up; the text cache
+            must have been made with it.
+        text_refiner: transformer blocks over the tokens of the text, before the others see them.
+        text_pooling: `mean` also adds the mean of the text's tokens, through an MLP, to the time
+            embedding.
         learn_sigma: twice the output channels, for a learned variance; by default what the
             objective needs (ddpm: true, flow: false).
         moe_every: every n-th block (2: the second, fourth, ...; 1: all) has the configured
@@ -257,6 +265,10 @@ class ModelConfig:
     dropout: float = 0.0
     num_classes: int = 1000
     label_dropout: float = 0.1
+    text_hidden_size: int | None = None
+    text_max_length: int = 120
+    text_refiner: int = 0
+    text_pooling: Literal["mean", "none"] = "mean"
     learn_sigma: bool | None = None
     moe_every: int = 2
     leading_dense: int = 0

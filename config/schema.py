@@ -38,6 +38,23 @@ class DataConfig:
         data_path: folder of images, for source `images`.
         val_cached_path: folder that main_cache.py wrote of held-out images, for validation losses.
         val_data_path: folder of held-out images themselves, for source `images`.
+        text_source: `cached` reads what main_cache.py --captions wrote, `online` encodes captions
+            while training.
+        text_cached_path: folder of cached texts of the images in cached_path, one for each of its
+            folders, for models of text.
+        val_text_cached_path: the same of val_cached_path.
+        caption_choice: which caption of an image an epoch takes: `random`, the `first`, or weights
+            of the captions' sources, {source: weight}.
+        captions: for text_source online, where captions come from: txt, metadata or template,
+            below data_path, or a .jsonl or .csv file; see docs/data.md.
+        path_key: key of an entry's image there.
+        caption_key: keys of its captions, separated by commas; by default text or caption.
+        caption_template: of template, with {} for the name of the class.
+        text_encoder: Hugging Face text encoder, a hub id or a local folder.
+        text_layer: whose output is taken, as an index of its hidden states; by default the last
+            hidden state.
+        text_prefix: put before every caption, such as an instruction.
+        text_dtype: of the encoder.
         vae_path: VAE that decodes samples, a hub id or a local folder; null for models of pixels.
         image_size: side of the images, in pixels; the cache must have been made with it.
         horizontal_flip: take the mirror image's latent half of the time.
@@ -53,6 +70,18 @@ class DataConfig:
     data_path: str | None = None
     val_cached_path: str | None = None
     val_data_path: str | None = None
+    text_source: Literal["cached", "online"] = "cached"
+    text_cached_path: list[str] | str | None = None
+    val_text_cached_path: str | None = None
+    caption_choice: Literal["random", "first"] | dict[str, float] = "random"
+    captions: str | None = None
+    path_key: str = "file_name"
+    caption_key: str | None = None
+    caption_template: str = "a photo of a {}"
+    text_encoder: str | None = None
+    text_layer: int | None = None
+    text_prefix: str = ""
+    text_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     vae_path: str | None = "stabilityai/sd-vae-ft-mse"
     image_size: int = 256
     horizontal_flip: bool = True
@@ -206,7 +235,8 @@ class Config:
             the processes after a failure.
         init_from: checkpoint whose averaged weights a new run starts from.
         init_fresh: what keeps its fresh weights then: nothing, the `labels` (another set of
-            classes), the `head` (another output), or `both`.
+            classes), the `head` (another output), `both`, or the `text` (a model of text from one
+            of classes, or with another text encoder).
     """
 
     seed: int = 0
@@ -214,7 +244,7 @@ class Config:
     run_dir: str | None = None
     resume: Literal["auto", "never"] = "never"
     init_from: str | None = None
-    init_fresh: Literal["nothing", "labels", "head", "both"] = "nothing"
+    init_fresh: Literal["nothing", "labels", "head", "both", "text"] = "nothing"
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=FlowConfig)

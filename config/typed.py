@@ -1,6 +1,7 @@
 """Plain nested values, from files or flags, as the dataclasses of the schema, every one checked.
 
-Supported types of keys: bool, int, float, str, literals, tuples, lists of str, and unions of them.
+Supported types of keys: bool, int, float, str, literals, tuples, lists of str, dicts, and unions of
+them.
 """
 
 import dataclasses
@@ -153,6 +154,8 @@ def describe(kind: Any) -> str:
         return ", ".join(map(repr, parts))
     if origin is tuple and parts[-1] is Ellipsis:
         return f"[{describe(parts[0])}, ...]"
+    if origin is dict:
+        return f"{{{describe(parts[0])}: {describe(parts[1])}, ...}}"
     if origin in (tuple, list):
         return f"[{', '.join(map(describe, parts))}]"
     if len(alternatives(kind)) > 1:
@@ -174,6 +177,8 @@ def _fits(value: Any, kind: Any) -> tuple[bool, Any]:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return any(value == part and type(value) is type(part) for part in parts), value
+    if origin is dict:
+        return _fits_dict(value, parts)
     if origin in (tuple, list):
         return _fits_sequence(value, origin, parts)
     if kind is float:
@@ -191,6 +196,14 @@ def _fits_float(value: Any) -> tuple[bool, Any]:
         return True, float(value)
     except ValueError:
         return False, value
+
+
+def _fits_dict(value: Any, parts: tuple) -> tuple[bool, Any]:
+    if not isinstance(value, dict):
+        return False, value
+    found = [(_fits(key, parts[0]), _fits(item, parts[1])) for key, item in value.items()]
+    fits = all(key[0] and item[0] for key, item in found)
+    return fits, {key[1]: item[1] for key, item in found}
 
 
 def _fits_sequence(value: Any, origin: type, parts: tuple) -> tuple[bool, Any]:

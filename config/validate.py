@@ -146,11 +146,44 @@ def _check_data(config: Config) -> None:
         f"model.in_channels and model.input_size: {shape[0]} and {shape[1]} are not those of "
         f"pixels (data.vae_path null): 3 and data.image_size {data.image_size}",
     )
-    guided = config.model.num_classes == 0 and config.sampling.cfg_scale != 1
+    plain = config.model.num_classes == 0 and config.model.text_hidden_size is None
     require(
-        not guided,
-        f"sampling.cfg_scale: {config.sampling.cfg_scale} needs classes; with model.num_classes 0 "
-        "only 1 is allowed",
+        not plain or config.sampling.cfg_scale == 1,
+        f"sampling.cfg_scale: {config.sampling.cfg_scale} needs classes or text; with "
+        "model.num_classes 0 and model.text_hidden_size null only 1 is allowed",
+    )
+    if config.model.text_hidden_size is not None:
+        _check_text(config)
+
+
+def _check_text(config: Config) -> None:
+    """Whether a model of text gets some."""
+    data = config.data
+    require(
+        not data.horizontal_flip,
+        'data.horizontal_flip: true is not allowed with text: "left of" would no longer be so; '
+        "set it to false",
+    )
+    if data.text_source == "cached":
+        require(
+            data.text_cached_path not in (None, []),
+            "data.text_cached_path: model.text_hidden_size needs it, a folder made by "
+            "main_cache.py --captions, or data.text_source online",
+        )
+    else:
+        for key in ("captions", "text_encoder", "data_path"):
+            require(getattr(data, key) is not None, f"data.{key}: data.text_source online needs it")
+    require(
+        not config.train.val_every or data.val_text_cached_path is not None,
+        f"train.val_every: {config.train.val_every} needs data.val_text_cached_path, the texts of "
+        "the held-out images",
+    )
+    choice = data.caption_choice
+    require(
+        isinstance(choice, str)
+        or (bool(choice) and min(choice.values()) >= 0 and sum(choice.values()) > 0),
+        f"data.caption_choice: {choice} are no weights; wanted: {{source: weight, ...}}, one of "
+        "them above 0",
     )
 
 

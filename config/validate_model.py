@@ -64,6 +64,8 @@ def _check_ranges(model: ModelConfig) -> None:
         **dict.fromkeys(("input_size", "in_channels", "patch_size", "hidden_size", "depth"), 1),
         **dict.fromkeys(("num_heads", "head_dim", "num_kv_heads", "bottleneck_size"), 1),
         **dict.fromkeys(("intermediate_size", "moe_every"), 1),
+        **dict.fromkeys(("text_hidden_size", "text_max_length"), 1),
+        "text_refiner": 0,
         **dict.fromkeys(("num_classes", "context_tokens", "context_start", "leading_dense"), 0),
     }
     for key, low in least.items():

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from core.conditions import Condition
+
 
 @dataclass
 class RouterContext:
@@ -21,7 +23,7 @@ class RouterContext:
     Attributes:
         capacity: C that a schedule asks for at this training step; None: the config's.
         time: (B,) times as the objective counts them.
-        unconditional: (B,) bool, samples without their condition.
+        unconditional: (B,) bool, samples on the unconditional side of guidance.
         condition: (B, D) vector that modulates the block.
         tokens: (B, S, D) normalised, before they are modulated.
         grid: rows and columns of the image's tokens, which come last.
@@ -165,9 +167,9 @@ class ModelOutput:
 
 
 class Model(Protocol):
-    """`x` (B, C, H, W), `t` (B,), `cond` whatever the model is conditioned on."""
+    """`x` (B, C, H, W), `t` (B,), `cond` of B samples."""
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput: ...
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> ModelOutput: ...
 
 
 @dataclass
@@ -197,7 +199,7 @@ class Objective(Protocol):
     samplers: tuple[str, ...]
 
     def training_losses(
-        self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, cond: Condition, generator: torch.Generator | None = None
     ) -> LossTerms:
         """Loss on data `x` (B, C, H, W); times and noise are drawn from `generator`."""
 
@@ -205,12 +207,12 @@ class Objective(Protocol):
         """Training times (B,) from `u` (B,) uniform in [0, 1)."""
 
     def losses_at(
-        self, model: Model, x: Tensor, cond: Tensor, t: Tensor, noise: Tensor
+        self, model: Model, x: Tensor, cond: Condition, t: Tensor, noise: Tensor
     ) -> LossTerms:
         """Loss at times `t` (B,) with given `noise` (B, C, H, W)."""
 
     def sample(
-        self, model: Model, noise: Tensor, cond: Tensor, settings: Any, draw: Draw
+        self, model: Model, noise: Tensor, cond: Condition, settings: Any, draw: Draw
     ) -> Tensor:
         """Data (B, C, H, W) from `noise` of that shape.
 
@@ -218,6 +220,6 @@ class Objective(Protocol):
         """
 
     def bits_per_dim(
-        self, model: Model, x: Tensor, cond: Tensor, settings: Any, draw: Draw
+        self, model: Model, x: Tensor, cond: Condition, settings: Any, draw: Draw
     ) -> Tensor:
         """(B,) code length of data `x` (B, C, H, W), in bits for each of its numbers."""

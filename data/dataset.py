@@ -6,7 +6,6 @@ mirrored, and its posterior noise are functions of (seed, epoch, index) alone.
 Shapes: B batch, C latent channels, h and w height and width of the latent.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,19 +13,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from core.conditions import Condition
 from core.rng import derive_seed, generator
+from data.conditions import Conditions, Drawn, Items
 from data.latents import Moments
 from data.online import Images
 
-Items = Sequence[tuple[int, int]]
-Batch = tuple[Tensor, Tensor]
-"""Latents (B, C, h, w) float32 as the model sees them, and labels (B,) int64."""
+Batch = tuple[Tensor, Condition]
+"""Latents (B, C, h, w) float32 as the model sees them, and conditions of B samples."""
 
 
 class TrainingData(Protocol):
     """A data set whose batches are fetched by loader processes and finished by the training one."""
 
     source: Moments | Images
+    conditions: Conditions
 
     def __len__(self) -> int: ...
 
@@ -46,35 +47,40 @@ class LatentDataset(Dataset):
         source: where the moments are.
         seed: of the draws.
         horizontal_flip: take the mirror image's latent with probability one half.
-        conditional: hand out labels; otherwise all of them are 0.
+        conditions: what the samples are conditioned on; by default their labels.
     """
 
     def __init__(
-        self, source: Moments, seed: int, horizontal_flip: bool = True, conditional: bool = True
+        self,
+        source: Moments,
+        seed: int,
+        horizontal_flip: bool = True,
+        conditions: Conditions | None = None,
     ):
-        self.source, self.seed = source, seed
-        self.horizontal_flip, self.conditional = horizontal_flip, conditional
+        self.source, self.seed, self.horizontal_flip = source, seed, horizontal_flip
+        self.conditions = conditions or Conditions(seed)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, item: tuple[int, int]) -> Batch:
-        """One latent (C, h, w) and its label, a scalar."""
-        latents, labels = self.__getitems__([item])
-        return latents[0], labels[0]
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Condition | Drawn]:
+        """One latent (C, h, w), and what its condition is made of."""
+        latents, cond = self.__getitems__([item])
+        return latents[0], cond
 
-    def __getitems__(self, items: Items) -> Batch:
-        """Latents (B, C, h, w) and labels (B,)."""
+    def __getitems__(self, items: Items) -> tuple[Tensor, Condition | Drawn]:
+        """Latents (B, C, h, w) and what their conditions are made of."""
         indices = [index for _, index in items]
         views = [int(self.horizontal_flip and is_mirrored(self.seed, *item)) for item in items]
         noise = posterior_noise(self.seed, items, self.source.latent_shape)
-        labels = self.source.labels(indices)
+        cond = self.conditions.fetch(items, self.source.labels(indices))
         moments = self.source.moments(indices, views)
-        return draw(moments, noise, self.source), labels if self.conditional else labels * 0
+        return draw(moments, noise, self.source), cond
 
-    def finish(self, fetched: Batch) -> Batch:
-        """Nothing is left to be done."""
-        return fetched
+    def finish(self, fetched: tuple[Tensor, Condition | Drawn]) -> Batch:
+        """Latents and conditions."""
+        latents, cond = fetched
+        return latents, self.conditions.finish(cond)
 
 
 class ImageDataset(Dataset):
@@ -82,31 +88,35 @@ class ImageDataset(Dataset):
 
     Args:
         source: the images.
-        seed, horizontal_flip, conditional: see `LatentDataset`.
+        seed, horizontal_flip, conditions: see `LatentDataset`.
     """
 
     def __init__(
-        self, source: Images, seed: int, horizontal_flip: bool = True, conditional: bool = True
+        self,
+        source: Images,
+        seed: int,
+        horizontal_flip: bool = True,
+        conditions: Conditions | None = None,
     ):
-        self.source, self.seed = source, seed
-        self.horizontal_flip, self.conditional = horizontal_flip, conditional
+        self.source, self.seed, self.horizontal_flip = source, seed, horizontal_flip
+        self.conditions = conditions or Conditions(seed)
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitems__(self, items: Items) -> tuple[Tensor, ...]:
-        """Images (B, 3, H, W) uint8, each in its view, and labels."""
+    def __getitems__(self, items: Items) -> tuple:
+        """Images (B, 3, H, W) uint8, each in its view, and what their conditions are made of."""
         images = self.source.images([index for _, index in items])
         if self.horizontal_flip:
             mirrored = torch.tensor([is_mirrored(self.seed, *item) for item in items])
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         labels = self.source.labels([index for _, index in items])
-        return images, labels if self.conditional else labels * 0
+        return images, self.conditions.fetch(items, labels)
 
-    def finish(self, fetched: tuple[Tensor, ...]) -> Batch:
-        """Images (B, 3, H, W) in [-1, 1], on the device, and labels."""
-        images, labels = fetched
-        return self.source.floats(images), labels
+    def finish(self, fetched: tuple) -> Batch:
+        """Images (B, 3, H, W) in [-1, 1], on the device, and conditions."""
+        images, cond = fetched
+        return self.source.floats(images), self.conditions.finish(cond)
 
 
 class EncodedDataset(ImageDataset):
@@ -115,16 +125,17 @@ class EncodedDataset(ImageDataset):
     The draws are those of `LatentDataset` for a cache of the same images.
     """
 
-    def __getitems__(self, items: Items) -> tuple[Tensor, ...]:
-        """Images and labels of `ImageDataset`, and posterior noise."""
+    def __getitems__(self, items: Items) -> tuple:
+        """What `ImageDataset` fetches, and posterior noise."""
         noise = posterior_noise(self.seed, items, self.source.latent_shape)
         return *super().__getitems__(items), noise
 
-    def finish(self, fetched: tuple[Tensor, ...]) -> Batch:
-        """Latents of the images, on the VAE's device, and labels."""
-        images, labels, noise = fetched
+    def finish(self, fetched: tuple) -> Batch:
+        """Latents of the images, on the VAE's device, and conditions."""
+        images, cond, noise = fetched
         moments = self.source.encode(images)
-        return draw(moments, noise.to(moments.device), self.source), labels
+        latents = draw(moments, noise.to(moments.device), self.source)
+        return latents, self.conditions.finish(cond)
 
 
 def is_mirrored(seed: int, epoch: int, index: int) -> bool:

@@ -14,7 +14,7 @@ from data.workers import steady
 def training_batches(
     data: TrainingData, config: Config, processes: Processes, position: Position, steps: int
 ) -> Iterator[Batch]:
-    """Micro-batches (latents (B, C, H, W), labels (B,)) of `steps` steps from `position` on."""
+    """Micro-batches (latents (B, C, H, W), conditions) of `steps` steps from `position` on."""
     if config.data.order == "shards":
         order = ShuffledShards(data.source.shards, config.data.shuffle_window, config.seed)
     else:

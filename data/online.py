@@ -1,5 +1,6 @@
 """Images without a cache: for models of pixels, or encoded while a model trains on them."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -52,6 +53,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.folder)
+
+    def names(self) -> list[str]:
+        """Paths of all images below the folder, in order."""
+        return [os.path.relpath(path, self.path) for path in self.folder.paths]
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Cropped images (B, 3, H, W) uint8."""

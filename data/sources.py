@@ -1,16 +1,21 @@
 """From a config to the data that it names, checked against the model that it names."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from config.schema import Config, DataConfig, ModelConfig
 from core.command_line import as_flags
 from core.distributed import Processes
 from core.errors import UserError
+from data.conditions import Conditions
 from data.dataset import EncodedDataset, ImageDataset, LatentDataset, TrainingData
 from data.latents import JoinedCaches, LatentCache, Moments
 from data.online import Images
 from data.published import PublishedCache
 from data.sampler import check_enough
+from data.text.cache import TextCache
+from data.text.joined import as_list, joined
+from data.text.online import online_captions
 from data.vae import KNOWN_NAMES, VAE, open_vae
 
 
@@ -21,33 +26,74 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
         UserError: when it cannot be read, or does not fit the config.
     """
     data = config.data
-    options = (config.seed, data.horizontal_flip, config.model.num_classes > 0)
     if data.source == "images":
-        images = _image_data(config, data.data_path, processes, data.horizontal_flip)
+        images = _image_data(config, data.data_path, processes)
         check_enough(len(images), config.train.global_batch_size)
         return images
     if data.source == "npz":
         with processes.main_first():
             vae = VAE(data.vae_path)
-        parts = [PublishedCache(path, data.npz_contents, vae, processes) for path in _paths(data)]
+        parts = [
+            PublishedCache(path, data.npz_contents, vae, processes)
+            for path in as_list(data.cached_path)
+        ]
     else:
-        parts = [LatentCache(Path(path)) for path in _paths(data)]
+        parts = [LatentCache(Path(path)) for path in as_list(data.cached_path)]
     source = parts[0] if len(parts) == 1 else JoinedCaches(parts)
     check_fits(source, data, config.model)
     check_enough(len(source), config.train.global_batch_size)
     check_vae(source, data, processes)
-    return LatentDataset(source, *options)
+    conditions = _conditions(config, parts, data.text_cached_path, processes)
+    return LatentDataset(source, config.seed, data.horizontal_flip, conditions)
 
 
-def _image_data(config: Config, path: str, processes: Processes, flip: bool) -> ImageDataset:
-    """Images below `path`: encoded, or as they are in pixel space."""
+def _image_data(
+    config: Config, path: str, processes: Processes, held_out: bool = False
+) -> ImageDataset:
+    """Images below `path`: encoded, or as they are in pixel space; held-out ones unmirrored."""
     data = config.data
     with processes.main_first():
         vae = open_vae(data.vae_path, processes.device)
     source = Images(path, data.image_size, vae, processes)
     check_fits(source, data, config.model)
     kind = ImageDataset if data.vae_path is None else EncodedDataset
-    return kind(source, config.seed, flip, config.model.num_classes > 0)
+    flip, texts = data.horizontal_flip, data.text_cached_path
+    if held_out:
+        flip, texts = False, data.val_text_cached_path
+    return kind(source, config.seed, flip, _conditions(config, [source], texts, processes))
+
+
+def _conditions(
+    config: Config,
+    parts: Sequence[Moments | Images],
+    paths: str | list[str] | None,
+    processes: Processes,
+) -> Conditions:
+    """What the samples of `parts` are conditioned on: their labels, or texts cached at `paths`.
+
+    Raises:
+        UserError: texts of other images, of another width or length, or none.
+    """
+    model, labels = config.model, config.model.num_classes > 0
+    if model.text_hidden_size is None:
+        return Conditions(config.seed, labels)
+    online = config.data.text_source == "online" and paths is None
+    if online:
+        captions = online_captions(config, parts[0], processes)
+    else:
+        captions = joined([TextCache(path) for path in as_list(paths)], parts)
+    facts = captions.facts
+    for name, wanted, found in (
+        ("text_hidden_size", model.text_hidden_size, facts.hidden_size),
+        ("text_max_length", model.text_max_length, facts.max_length),
+    ):
+        if wanted != found:
+            raise UserError(
+                f"model.{name}: {wanted} is configured, but {captions.path} has {found}; change "
+                "the config or the text cache"
+            )
+    choice, length = config.data.caption_choice, model.text_max_length
+    return Conditions(config.seed, labels, captions, choice, length, encoding=online)
 
 
 def validation_data(config: Config, processes: Processes) -> TrainingData:
@@ -58,17 +104,15 @@ def validation_data(config: Config, processes: Processes) -> TrainingData:
     """
     if config.data.val_cached_path is None:
         with as_flags({"data.data_path": "data.val_data_path"}):
-            return _image_data(config, config.data.val_data_path, processes, flip=False)
+            return _image_data(config, config.data.val_data_path, processes, held_out=True)
     with as_flags({"data.cached_path": "data.val_cached_path"}):
         cache = LatentCache(Path(config.data.val_cached_path))
     check_fits(cache, config.data, config.model)
     check_vae(cache, config.data, processes)
-    conditional = config.model.num_classes > 0
-    return LatentDataset(cache, config.seed, horizontal_flip=False, conditional=conditional)
-
-
-def _paths(data: DataConfig) -> list[str]:
-    return [data.cached_path] if isinstance(data.cached_path, str) else data.cached_path
+    with as_flags({"data.text_cached_path": "data.val_text_cached_path"}):
+        texts = config.data.val_text_cached_path
+        conditions = _conditions(config, [cache], texts, processes)
+    return LatentDataset(cache, config.seed, horizontal_flip=False, conditions=conditions)
 
 
 def check_fits(source: Moments | Images, data: DataConfig, model: ModelConfig) -> None:

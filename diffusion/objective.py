@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from config.objective import DDPMConfig, SamplingConfig
+from core.conditions import Condition
 from core.errors import UserError, unknown_name
 from core.types import Draw, LossTerms, Model
 from diffusion.gaussian import GaussianDiffusion
@@ -31,7 +32,7 @@ class DDPM:
         self.diffusion = self._chain(kept)
 
     def training_losses(
-        self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, cond: Condition, generator: torch.Generator | None = None
     ) -> LossTerms:
         """Loss on data `x` (B, C, H, W) at uniform timesteps.
 
@@ -52,7 +53,7 @@ class DDPM:
         return (u * self.diffusion.num_timesteps).long()
 
     def losses_at(
-        self, model: Model, x: Tensor, cond: Tensor, t: Tensor, noise: Tensor
+        self, model: Model, x: Tensor, cond: Condition, t: Tensor, noise: Tensor
     ) -> LossTerms:
         """Loss on data `x` at given steps `t` (B,) of the chain, with given `noise` (B, C, H, W).
 
@@ -67,7 +68,7 @@ class DDPM:
         return LossTerms(per_sample, named, output.routing, level)
 
     def sample(
-        self, model: Model, noise: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
+        self, model: Model, noise: Tensor, cond: Condition, settings: SamplingConfig, draw: Draw
     ) -> Tensor:
         """Data (B, C, H, W) from `noise` of that shape.
 
@@ -93,7 +94,7 @@ class DDPM:
 
     @torch.no_grad()
     def bits_per_dim(
-        self, model: Model, x: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
+        self, model: Model, x: Tensor, cond: Condition, settings: SamplingConfig, draw: Draw
     ) -> Tensor:
         """(B,) the variational bound of data `x` (B, C, H, W) over all steps of the chain (Eq. 5).
 

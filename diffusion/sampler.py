@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from core.conditions import Condition
 from core.types import Draw, Model
 from diffusion.gaussian import GaussianDiffusion
 
@@ -78,7 +79,7 @@ def ddpm_sample(
     chain: GaussianDiffusion,
     model: Model,
     noise: Tensor,
-    cond: Tensor,
+    cond: Condition,
     draw: Draw,
     clip: bool = False,
 ) -> Tensor:
@@ -94,7 +95,7 @@ def ddim_sample(
     chain: GaussianDiffusion,
     model: Model,
     noise: Tensor,
-    cond: Tensor,
+    cond: Condition,
     draw: Draw,
     clip: bool = False,
     eta: float = 0.0,
@@ -109,7 +110,7 @@ def ddim_sample(
 
 
 def ddim_invert(
-    chain: GaussianDiffusion, model: Model, x: Tensor, cond: Tensor, clip: bool = False
+    chain: GaussianDiffusion, model: Model, x: Tensor, cond: Condition, clip: bool = False
 ) -> Tensor:
     """The noise (B, C, H, W) that deterministic DDIM takes to data `x`, up to its step error."""
 
@@ -128,7 +129,7 @@ def _walk(
     chain: GaussianDiffusion,
     model: Model,
     x: Tensor,
-    cond: Tensor,
+    cond: Condition,
     steps: Iterable[int],
     update: Update,
 ) -> Tensor:

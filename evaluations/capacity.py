@@ -35,8 +35,8 @@ class CapacityRun:
     Attributes:
         folder: of the set.
         record: the settings in it.
-        table: pairs by evaluation, half, layer, expert and class.
-        labels: (N,) class of each sample.
+        table: pairs by evaluation, half, layer, expert, and class or prompt.
+        labels: (N,) class or prompt of each sample.
     """
 
     folder: SetFolder
@@ -115,15 +115,24 @@ def draw(run: CapacityRun, out: Path) -> list[Path]:
 def _capacity_figures(run: CapacityRun, shares: np.ndarray) -> dict[str, Figure]:
     """Capacity over steps, tokens and classes; `shares` are those of `over_classes`."""
     layers = shares.sum(axis=-1)  # (T, 2, L)
-    names = run.record.get("class_names") or [str(i) for i in range(run.table.pairs.shape[-1])]
+    kind, names = _groups(run)
     figures = {
         "steps": step_figure(layers, SIDES),
         "maps": map_figure(run.table.times, run.table.maps, _images(run, len(run.table.maps[0]))),
     }
     classes = by_class(run.table)
     if np.isfinite(classes).sum() > 1:
-        figures["classes"] = class_figure(classes, names, run.labels, _images(run, None))
+        figures["classes"] = class_figure(classes, names, run.labels, _images(run, None), kind)
     return figures
+
+
+def _groups(run: CapacityRun) -> tuple[str, list[str]]:
+    """What the samples were made of, classes or prompts, and their names."""
+    prompts = run.record.get("prompts")
+    if prompts is not None:
+        return "prompts", [one if isinstance(one, str) else one["prompt"] for one in prompts]
+    numbers = [str(i) for i in range(run.table.pairs.shape[-1])]
+    return "classes", run.record.get("class_names") or numbers
 
 
 def _images(run: CapacityRun, count: int | None) -> np.ndarray | None:

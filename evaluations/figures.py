@@ -3,6 +3,7 @@
 Shapes: T evaluations, L layers, E experts, K classes, M mapped samples, S tokens of one sample.
 """
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ CLASSES = 5
 
 IMAGES = 5
 """Images of each."""
+
+LETTERS = 26
+"""Of a class's name, or of a prompt, in a line."""
 
 
 def save_figure(figure: Figure, path: Path, texts: dict[str, str] | None = None) -> None:
@@ -74,7 +78,11 @@ def expert_figure(shares: np.ndarray) -> Figure:
 
 
 def class_figure(
-    classes: np.ndarray, names: Sequence[str], labels: np.ndarray, images: np.ndarray | None
+    classes: np.ndarray,
+    names: Sequence[str],
+    labels: np.ndarray,
+    images: np.ndarray | None,
+    kind: str = "classes",
 ) -> Figure:
     """Capacity of the hardest and the easiest classes, with their images (as Figs. 13 and 14).
 
@@ -83,6 +91,7 @@ def class_figure(
         names: of the classes.
         labels: (N,) of the samples.
         images: (N, H, W, 3) uint8, or None.
+        kind: what they are, `classes` or `prompts`.
     """
     known = np.flatnonzero(np.isfinite(classes))
     order = known[np.argsort(-classes[known], kind="stable")]
@@ -94,13 +103,13 @@ def class_figure(
     places = np.arange(len(shown))
     colours = ["tab:red"] * count + ["tab:blue"] * count
     bars.barh(places, classes[shown], color=colours)
-    bars.set_yticks(places, [names[k] for k in shown])
+    bars.set_yticks(places, [textwrap.fill(names[k], LETTERS) for k in shown])
     bars.set_ylim(len(shown) - 0.5, -0.5)
     bars.bar_label(bars.containers[0], fmt=" %.2f", fontsize=8)
     bars.axvline(1.0, color="grey", lw=0.8, ls=":")
     bars.set_xlim(0.0, 1.15 * classes[shown].max())
     bars.set_xlabel("experts per token, C_infer")
-    bars.set_title(f"{count} hardest and {count} easiest classes", fontsize=10)
+    bars.set_title(f"{count} hardest and {count} easiest {kind}", fontsize=10)
     pictures.set_axis_off()
     if images is not None:
         extent = (0, IMAGES, len(shown) - 0.5, -0.5)  # a row of images beside each bar

@@ -153,7 +153,8 @@ def _scores(
         check_file(kept, record)
     samples = read_samples(kept, extractor, request.protocol.per_proc_batch_size)
     if kept != folder.features:
-        labels = [request.labels(i) for i in range(record["num_samples"])]
+        wanted = request.wanted()
+        labels = [wanted.group(i) for i in range(record["num_samples"])]
         samples = Samples(samples.features, np.array(labels))
         about = hashes_of(record) | network.about
         write_features(folder, samples.features, samples.labels, about)

@@ -50,8 +50,13 @@ class Attention(nn.Module):
             for part in self.qkv.weight.split([self.num_heads * self.head_dim, kv, kv]):
                 nn.init.xavier_uniform_(part)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """Attention among `x` (B, S, D), whose positions turn queries and keys by `rotation`."""
+    def forward(
+        self, x: Tensor, rotation: Rotation | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention among `x` (B, S, D), whose positions turn queries and keys by `rotation`.
+
+        `mask` (B, 1, 1, S) says which of them are there.
+        """
         B, S, _ = x.shape
         qkv = self.qkv(x).view(B, S, -1, self.head_dim).transpose(1, 2)
         q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
@@ -59,5 +64,5 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         grouped = self.num_kv_heads < self.num_heads
-        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))

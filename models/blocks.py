@@ -8,6 +8,7 @@ from core.precision import outside_autocast
 from core.types import RouterContext, RoutingRecord
 from models.norms import build_norm
 from models.positions import Rotation
+from models.text import Text
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -39,11 +40,14 @@ class Modulation(nn.Sequential):
 class DiTBlock(nn.Module):
     """Attention and a feed-forward layer, each modulated and gated by the condition.
 
+    Between them, in models of text, attention to the text's tokens, neither modulated nor gated.
+
     Args:
         hidden_size: D.
         attention: (B, S, D), rotation of positions or None -> (B, S, D).
         feed_forward: (B, S, D), RouterContext -> ((B, S, D), RoutingRecord or None).
-        norm: kind of normalisation before both.
+        norm: kind of normalisation before each.
+        cross: (B, S, D), text -> (B, S, D), or None.
     """
 
     role = "norm"
@@ -54,10 +58,13 @@ class DiTBlock(nn.Module):
         attention: nn.Module,
         feed_forward: nn.Module,
         norm: str = "layernorm",
+        cross: nn.Module | None = None,
     ):
         super().__init__()
         self.norm1 = build_norm(norm, hidden_size)
         self.attn = attention
+        self.norm_cross = None if cross is None else build_norm(norm, hidden_size)
+        self.cross = cross
         self.norm2 = build_norm(norm, hidden_size)
         self.feed_forward = feed_forward
         self.modulation = Modulation(hidden_size, 6)
@@ -68,10 +75,13 @@ class DiTBlock(nn.Module):
         c: Tensor,
         rotation: Rotation | None = None,
         context: RouterContext | None = None,
+        text: Text | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """x (B, S, D) under the condition c (B, D); `context` is what the model knows."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
+        if self.cross is not None:
+            x = x + self.cross(self.norm_cross(x), text)
         tokens = self.norm2(x)
         known = RouterContext() if context is None else context
         context = replace(known, condition=c, tokens=tokens)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config.schema import ModelConfig
+from core.conditions import Condition
 from core.types import ModelOutput, RouterContext, RoutingRecord
 from models.attention import Attention
 from models.blocks import DiTBlock, FinalLayer
@@ -21,15 +22,17 @@ from models.positions import (
     rotation_of,
     sincos_2d,
 )
+from models.text import CrossAttention, Text, TextEmbedder
 
 
 class DiT(nn.Module):
-    """A transformer on patches of a latent or an image, conditioned on time and class.
+    """A transformer on patches of a latent or an image, conditioned on time and class or text.
 
     The block is DiT's (Peebles & Xie 2023). Rotary positions, other norms, shared keys and values
     and leading dense blocks are those of DSMoE; JiT (Li & He 2025) adds a patch embedding through
     a bottleneck and tokens of the class, which join those of the image before block
-    `context_start` and leave them before the output layer.
+    `context_start` and leave them before the output layer. Text reaches the blocks by
+    cross-attention, and the time embedding by its mean.
 
     Args:
         config: shape of the model; `learn_sigma` doubles the channels of the prediction.
@@ -56,6 +59,11 @@ class DiT(nn.Module):
         self.time_embed = TimestepEmbedder(D)
         self.label_embed = LabelEmbedder(config.num_classes, D)
         self.class_tokens = ClassTokens(config.context_tokens, D) if config.context_tokens else None
+        self.text_embed = _text_embed(config)
+        if self.text_embed is not None:  # the empty caption's, which goes with the weights
+            shape = config.text_max_length, config.text_hidden_size
+            self.register_buffer("null_text", torch.zeros(shape))
+            self.register_buffer("null_mask", torch.arange(shape[0]) < 1)
         for name, table in position_tables(config).items():
             self.register_buffer(name, table, persistent=False)
         self.blocks = nn.ModuleList(self._block(i, feed_forward) for i in range(config.depth))
@@ -73,7 +81,12 @@ class DiT(nn.Module):
             config.qk_norm,
             config.dropout_of(number),
         )
-        return DiTBlock(config.hidden_size, attention, feed_forward(number), config.norm)
+        cross = None
+        if config.text_hidden_size is not None:
+            cross = CrossAttention(
+                config.hidden_size, config.num_heads, config.head_dim, config.qk_norm
+            )
+        return DiTBlock(config.hidden_size, attention, feed_forward(number), config.norm, cross)
 
     @torch.no_grad()
     def fill_tables(self) -> None:
@@ -123,34 +136,41 @@ class DiT(nn.Module):
             todo += [(child, getattr(child, "role", role)) for child in module.children()]
         return {role: count for role, count in counts.items() if count}
 
-    def forward(self, x: Tensor, t: Tensor, cond: Tensor, step: int | None = None) -> ModelOutput:
+    def forward(
+        self, x: Tensor, t: Tensor, cond: Condition | Tensor, step: int | None = None
+    ) -> ModelOutput:
         """Prediction for noisy latents or images.
 
         Args:
             x: (B, C, H, W).
             t: (B,) times as the objective counts them.
-            cond: (B,) int64 labels.
+            cond: of B samples; labels (B,) int64 may stand for themselves.
             step: of the optimizer, in training, for what follows a schedule.
         """
+        cond = self._complete(Condition.of(cond), len(x))
         h = self.patch_embed(x).to(x.dtype)  # (B, S, D); autocast leaves the residual stream alone
         if self.config.positions == "sincos":
             h = h + self.positions
-        label = self.label_embed(cond)  # (B, D)
-        c = self.time_embed(t) + label
+        about, text = self.label_embed(cond.labels), None  # (B, D)
+        if self.text_embed is not None:
+            tokens, pooled = self.text_embed(cond.text, cond.mask)  # (B, L, D), (B, D)
+            text = tokens, cond.mask
+            about = about if pooled is None else about + pooled
+        c = self.time_embed(t) + about
         K, p = self.config.context_tokens, self.config.patch_size
         context = RouterContext(
             capacity=None if step is None else self.config.feed_forward.capacity_at(step),
             time=t,
-            unconditional=cond == self.label_embed.null_class,
+            unconditional=cond.free,
             grid=(x.shape[-2] // p, x.shape[-1] // p),
         )
         records = []
         for number, block in enumerate(self.blocks):
             if K and number == self.config.context_start:
-                h = self.class_tokens(h, label)  # (B, K + S, D)
+                h = self.class_tokens(h, about)  # (B, K + S, D)
                 context = replace(context, num_context=K)
             rotation = self._rotation(K - context.num_context)
-            h, record = self._run(block, h, c, rotation, context)
+            h, record = self._run(block, h, c, rotation, context, text)
             if record is not None:
                 records.append(record)
         patches = self.final(h[:, K:], c)
@@ -167,26 +187,77 @@ class DiT(nn.Module):
         self.gradient_checkpointing = True
 
     def _run(
-        self, block: nn.Module, *inputs: Tensor | Rotation | RouterContext | None
+        self, block: nn.Module, *inputs: Tensor | Rotation | RouterContext | Text | None
     ) -> tuple[Tensor, RoutingRecord | None]:
         if self.gradient_checkpointing and self.training:
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def null_condition(self, cond: Tensor) -> Tensor:
-        """The condition "no class" in place of `cond` (B,), for guidance."""
-        return torch.full_like(cond, self.label_embed.null_class)
+    def _complete(self, cond: Condition, count: int) -> Condition:
+        """The condition with what it leaves open: no class, the empty caption.
 
-    def drop_condition(self, cond: Tensor, generator: torch.Generator) -> Tensor:
-        """`cond` (B,) with a share `label_dropout` of it replaced by "no class"."""
-        draw = torch.rand(cond.shape, generator=generator, device=cond.device)
-        return torch.where(draw < self.config.label_dropout, self.null_condition(cond), cond)
+        Raises:
+            ValueError: it has a text, which this model does not take.
+        """
+        if cond.text is not None and self.text_embed is None:
+            raise ValueError("cond: has a text, but model.text_hidden_size is null")
+        device, labels, free = cond.device, cond.labels, cond.free
+        if labels is None:
+            labels = torch.full((count,), self.label_embed.null_class, device=device)
+        if free is None:
+            free = torch.zeros(count, dtype=torch.bool, device=device)
+        if self.config.num_classes:
+            free = free | ((labels == self.label_embed.null_class) & (cond.text is None))
+        text, mask = cond.text, cond.mask
+        if text is None and self.text_embed is not None:
+            text, mask = self._null_text(count)
+        return Condition(labels, text, mask, free)
+
+    def _null_text(self, count: int, dtype: torch.dtype | None = None) -> Text:
+        """The empty caption's tokens (B, L, E), and which of them are there."""
+        rows = self.null_text.to(dtype or self.null_text.dtype).expand(count, -1, -1)
+        return rows, self.null_mask.expand(count, -1)
+
+    @torch.no_grad()
+    def set_null_text(self, rows: Tensor) -> None:
+        """Take the encoder's output (L0, E) for the empty caption, which stands for no caption."""
+        self.null_text.zero_()[: len(rows)] = rows.to(self.null_text)
+        self.null_mask.copy_(torch.arange(len(self.null_mask)) < len(rows))
+
+    def null_condition(self, cond: Condition | Tensor) -> Condition:
+        """The condition "no class" and the empty caption in place of `cond`, for guidance."""
+        cond = Condition.of(cond)
+        labels, text, mask = cond.labels, None, None
+        if labels is not None:
+            labels = torch.full_like(labels, self.label_embed.null_class)
+        if cond.text is not None:
+            text, mask = self._null_text(len(cond), cond.text.dtype)
+        return Condition(labels, text, mask).side(free=True)
+
+    def drop_condition(self, cond: Condition | Tensor, generator: torch.Generator) -> Condition:
+        """`cond` with a share `label_dropout` of it replaced by the null condition."""
+        cond = Condition.of(cond)
+        draw = torch.rand(len(cond), generator=generator, device=cond.device)
+        return self.null_condition(cond).where(draw < self.config.label_dropout, cond)
 
     def _unpatchify(self, patches: Tensor, size: torch.Size) -> Tensor:
         """(B, S, p * p * C_out), channel fastest, to (B, C_out, H, W)."""
         p, (H, W) = self.config.patch_size, size
         grid = patches.view(-1, H // p, W // p, p, p, self.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, H, W)
+
+
+def _text_embed(config: ModelConfig) -> TextEmbedder | None:
+    if config.text_hidden_size is None:
+        return None
+    return TextEmbedder(
+        config.text_hidden_size,
+        config.hidden_size,
+        config.num_heads,
+        config.text_refiner,
+        config.text_pooling,
+        config.qk_norm,
+    )
 
 
 def position_tables(config: ModelConfig) -> dict[str, Tensor]:

@@ -180,13 +180,15 @@ def load_weights(module: nn.Module, path: Path, fresh: tuple[str, ...] = ()) -> 
     Args:
         module: to be filled.
         path: safetensors file.
-        fresh: beginnings of names that keep what they have, whatever the file says.
+        fresh: parts of names that keep what they have, whatever the file says.
 
     Raises:
         UserError: naming the first differences between file and model.
     """
-    found = {n: t for n, t in read_tensors(path).items() if not n.startswith(fresh)}
-    wanted = {n: t for n, t in module.state_dict().items() if not n.startswith(fresh)}
+    found, wanted = (
+        {name: t for name, t in tensors.items() if not any(part in name for part in fresh)}
+        for tensors in (read_tensors(path), module.state_dict())
+    )
     check_tensors(found, wanted, path)
     module.load_state_dict(found, strict=not fresh)
 

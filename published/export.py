@@ -42,6 +42,11 @@ def check_exportable(model: ModelConfig) -> None:
         UserError: naming the first key that stands against it.
     """
     layer = model.feed_forward
+    if model.text_hidden_size is not None:
+        raise UserError(
+            f"model.text_hidden_size: {model.text_hidden_size} has no counterpart: no code of a "
+            "model of text was published"
+        )
     if model.bottleneck_size is not None:
         family, own = "JiT", JIT
         if not isinstance(layer, DenseConfig):

@@ -1,5 +1,6 @@
 """The work of sample_ddp.py: a set of images from a checkpoint, and the record of it."""
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -9,17 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.conditions import Condition
 from core.distributed import Processes
 from core.errors import ConfigError, UserError
 from core.files import complete_file
 from core.locks import exclusive
 from core.logging import get_logger, quiet_other_processes
 from core.precision import set_tf32
+from data.text.encoder import TextEncoder
 from data.vae import VAE, PixelSpace, open_vae, to_uint8
 from models.pretrained import Checkpoint, Pretrained, load_pretrained
+from sampling.captioned import captioned_grid
 from sampling.flags import routing_of
 from sampling.generate import Measure, Sampler, SampleSet, SetPlan, generate_set
 from sampling.grid import image_grid, save_png
+from sampling.prompts import Prompts, text_encoder_of, warn_of_cuts
 from sampling.request import Request
 from sampling.sets import Record, SetFolder, hashes_of, read_set
 
@@ -76,14 +81,16 @@ def sample_set(
             lambda: request.folder.is_finished(settings, about, request.flags.overwrite),
         )
 
-    making = None
+    making = encoder = None
     if not finished():  # whatever cannot be read is refused before there is a folder
         pretrained = load_pretrained(
             request.checkpoint.path, request.flags.weights, routing_of(request.flags)
         )
         with processes.main_first():
             measure = None if features is None else features.open()
-        making = pretrained, measure
+            if request.prompts is not None:
+                encoder = _encoder(request, processes)
+        making = pretrained, measure, encoder
     with exclusive(request.folder.path, "--sample-dir", processes):
         if processes.is_main:
             request.folder.tidy()
@@ -117,21 +124,23 @@ def _make(
     settings: Record,
     about: Measured,
     vae: VAE | PixelSpace,
-    making: tuple[Pretrained, Measure | None],
+    making: tuple[Pretrained, Measure | None, TextEncoder | None],
     processes: Processes,
 ) -> None:
     """Generate what is missing; the main process writes what belongs to the set, and the record."""
-    (pretrained, measure), protocol = making, request.protocol
+    (pretrained, measure, encoder), protocol = making, request.protocol
     sampler = Sampler.of(pretrained, protocol.sampling, request.flags.global_seed, processes.device)
     sampler.record = request.flags.capacity
+    if request.prompts is not None and request.prompts.negative is not None:
+        rows = encoder.encode([request.prompts.negative])
+        sampler.negative = Condition.of_rows(rows, encoder.max_length)
     record = request.record(settings, vae)
     plan = SetPlan(
-        request.labels,
+        request.wanted(None if encoder is None else encoder.encode),
         protocol.num_fid_samples,
         protocol.per_proc_batch_size,
         request.folder,
         request.flags.save,
-        max(pretrained.config.model.num_classes, 1),
         hashes_of(record),
     )
     if processes.is_main:
@@ -145,9 +154,19 @@ def _make(
     result = generate_set(sampler, decode, measure, plan, processes)
     if result is not None:
         seconds = time.perf_counter() - began
-        _write(plan, result, about)
+        _write(plan, result, about, request.prompts)
         request.folder.write_record(record | _measured(result, seconds, processes))
         request.folder.tidy()  # the blocks are not needed any more
+
+
+def _encoder(request: Request, processes: Processes) -> TextEncoder:
+    """The checkpoint's text encoder on this process's device."""
+    path = request.flags.text_encoder
+    encoder = text_encoder_of(request.checkpoint, path, processes.device)
+    if processes.is_main:
+        negative = request.prompts.negative
+        warn_of_cuts(encoder, request.prompts.texts + ([] if negative is None else [negative]))
+    return encoder
 
 
 def _check_vae(vae: VAE | PixelSpace, checkpoint: Checkpoint) -> None:
@@ -180,10 +199,17 @@ def _measured(result: SampleSet, seconds: float, processes: Processes) -> Record
     }
 
 
-def _write(plan: SetPlan, result: SampleSet, about: Measured) -> None:
+def _write(plan: SetPlan, result: SampleSet, about: Measured, prompts: Prompts | None) -> None:
     """The grid of the first images, features and where the computation went."""
     folder = plan.folder
-    save_png(image_grid(result.first), folder.grid, plan.hashes)
+    if prompts is None:
+        grid = image_grid(result.first)
+    else:
+        shown = -(-len(result.first) // prompts.num_per_prompt)
+        grid = captioned_grid(result.first, prompts.texts[:shown])
+        if plan.save == "geneval":
+            _write_geneval(folder, prompts)
+    save_png(grid, folder.grid, plan.hashes)
     if result.features:
         write_features(folder, result.features, result.labels, plan.hashes | about)
     if result.routing is not None:
@@ -195,6 +221,13 @@ def _write(plan: SetPlan, result: SampleSet, about: Measured) -> None:
         "%s: %d images, NFE %g, mean C_infer %s",
         *(folder.path, len(result.labels), result.nfe, capacity),
     )
+
+
+def _write_geneval(folder: SetFolder, prompts: Prompts) -> None:
+    """What is asked for, beside the images of each prompt."""
+    for number, entry in enumerate(prompts.entries):
+        with complete_file(folder.geneval_prompt(number)) as temporary:
+            temporary.write_text(json.dumps(entry) + "\n", encoding="utf-8")
 
 
 def write_features(

@@ -13,6 +13,7 @@ from core.errors import ConfigError
 from models.pretrained import Checkpoint
 from sampling.generate import SAVE
 from sampling.needs import Choice, NotingParser, check_needs
+from sampling.prompts import Prompts
 
 RENAMED = {"num_sampling_steps": "num_steps"}
 """Published flags of sampling settings that have another name in a config."""
@@ -59,15 +60,30 @@ def sampling_parser(program: str = "sample_ddp.py", doc: str = ABOUT) -> NotingP
         help="TF32 matrix products on GPUs, as published samplers have them; default yes",
     )
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if any")
-    add("--save", choices=SAVE, default="npz", help="images: one PNG each; default npz")
+    add(
+        "--save",
+        choices=SAVE,
+        default="npz",
+        help="images: one PNG each; geneval: PNGs as its evaluator reads them; default npz",
+    )
     add("--inference", choices=["topk", "dynamic", "fixed"], help="routing; default: config's")
     add("--inference-capacity", type=float, help="C of --inference topk")
     add("--fixed-threshold", type=float, help="gamma of --inference fixed, 0 ... 1")
     add("--capacity", action="store_true", help="record where the computation goes")
     add("--classes", type=_classes, help="only these, such as 207,360, for a look")
     add("--num-per-class", type=positive, default=8, help="with --classes; default 8")
+    _add_prompts(parser.add_argument_group("prompts (checkpoints trained on captions)"))
     _add_sampling(parser.add_argument_group("sampling (default: the checkpoint's config)"))
     return parser
+
+
+def _add_prompts(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--prompt", action="append", metavar="TEXT", help="what to draw; can be repeated")
+    add("--prompts", type=Path, metavar="FILE", help=".txt, or .jsonl with prompt; one a line")
+    add("--num-per-prompt", type=positive, default=4, help="samples of each; default 4")
+    add("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
+    add("--text-encoder", metavar="PATH", help="folder or hub id; default: the checkpoint's")
 
 
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
@@ -105,8 +121,15 @@ def routing_of(flags: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(flags, key) for key in ROUTING if getattr(flags, key) is not None}
 
 
-def resolve(flags: argparse.Namespace, checkpoint: Checkpoint) -> Protocol:
+def resolve(
+    flags: argparse.Namespace, checkpoint: Checkpoint, prompts: Prompts | None = None
+) -> Protocol:
     """Everything that decides the images of a checkpoint, checked.
+
+    Args:
+        flags: of the command line.
+        checkpoint: that samples.
+        prompts: of the flags.
 
     Raises:
         ConfigError: when checkpoint, protocol and flags do not fit each other, or a flag would do
@@ -129,6 +152,8 @@ def resolve(flags: argparse.Namespace, checkpoint: Checkpoint) -> Protocol:
     }
     if flags.classes is not None:
         changes["num_fid_samples"] = len(flags.classes) * flags.num_per_class
+    if prompts is not None:
+        changes["num_fid_samples"] = len(prompts.entries) * prompts.num_per_prompt
     protocol = dataclasses.replace(protocol, **changes)
     validate(dataclasses.replace(config, sampling=protocol.sampling), world_size=None)
     check_needs(Choice(flags, config, protocol.sampling))

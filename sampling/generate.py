@@ -5,15 +5,16 @@ the last one is computed full, then cut: a sample never depends on how many proc
 although DiffMoE's routing depends on the batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config.objective import SamplingConfig
+from core.conditions import Condition
 from core.distributed import Processes
 from core.files import complete_file
 from core.logging import progress
@@ -24,10 +25,10 @@ from models.dit import DiT
 from models.pretrained import Pretrained
 from sampling.grid import save_png
 from sampling.guidance import CapacityMeter, Guided
-from sampling.labels import Labels
 from sampling.objectives import build_objective
 from sampling.recorder import RoutingRecorder, RoutingTable
 from sampling.sets import SetFolder, mark
+from sampling.wanted import Wanted
 
 GRID_IMAGES = 100
 
@@ -44,6 +45,7 @@ class Sampler:
         seed: of the noise.
         device: where the model is.
         record: keep where the computation goes.
+        negative: text of a negative prompt, one row, in the place of the empty caption.
     """
 
     model: DiT
@@ -53,6 +55,7 @@ class Sampler:
     seed: int
     device: torch.device
     record: bool = False
+    negative: Condition | None = None
 
     @classmethod
     def of(
@@ -74,22 +77,38 @@ class Sampler:
         )
 
     @torch.no_grad()
-    def latents(self, indices: range, labels: list[int]) -> tuple[Tensor, CapacityMeter]:
-        """Latents (B, C, H, W) of the samples `indices`, and what their making cost."""
-        generators = [generator(self.seed, "sample noise", i) for i in indices]
+    def latents(
+        self, keys: Sequence[int | tuple[int, ...]], cond: Condition
+    ) -> tuple[Tensor, CapacityMeter]:
+        """Latents (B, C, H, W) of B samples, and what their making cost.
+
+        Args:
+            keys: what the noise of each is drawn by, besides the seed: an index, or several.
+            cond: of the samples.
+        """
+        keys = [(key,) if isinstance(key, int) else key for key in keys]
+        generators = [generator(self.seed, "sample noise", *key) for key in keys]
         draw = SampleNoise(generators, self.latent_shape, self.device)
-        cond = torch.tensor(labels, device=self.device)
-        model = self.model
-        if self.record:
-            model = RoutingRecorder(self.model, self.model.null_condition, len(indices))
-        meter = CapacityMeter(model, len(indices))
-        guided = Guided(meter, self.model.null_condition, self.settings)
+        model = RoutingRecorder(self.model, len(keys)) if self.record else self.model
+        meter = CapacityMeter(model, len(keys))
+        guided = Guided(meter, self._free, self.settings)
+        cond = cond.to(self.device)
         latents = self.objective.sample(guided, draw(), cond, self.settings, draw)
         return latents, meter
 
+    def _free(self, cond: Condition) -> Condition:
+        """The side that guidance leads away from."""
+        null = self.model.null_condition(cond)
+        if self.negative is None:
+            return null
+        rows = torch.zeros(len(cond), dtype=torch.int64)
+        text = self.negative.rows(rows).to(self.device)
+        return replace(null, text=text.text, mask=text.mask)
 
-SAVE = ("npz", "images", "none")
-"""Forms in which the images stay: one file, a folder of PNGs, or not at all."""
+
+SAVE = ("npz", "images", "geneval", "none")
+"""Forms in which the images stay: one file, a folder of PNGs, folders as GenEval's evaluator reads
+them, or not at all."""
 
 Decode = Callable[[Tensor], Tensor]
 """Latents (B, C, h, w) -> images (B, H, W, 3) uint8 on the CPU."""
@@ -103,21 +122,19 @@ class SetPlan:
     """A set of images.
 
     Attributes:
-        labels: the class of each sample.
+        wanted: the class or prompt of each sample.
         num_samples: N.
         block_size: B, samples per forward pass of a process.
         folder: where it lies, with the settings of its blocks.
         save: one of SAVE.
-        num_classes: K.
         hashes: of checkpoint and set, by the names that files carry them under.
     """
 
-    labels: Labels
+    wanted: Wanted
     num_samples: int
     block_size: int
     folder: SetFolder
     save: str
-    num_classes: int
     hashes: dict[str, str]
 
 
@@ -127,7 +144,7 @@ class SampleSet:
 
     Attributes:
         first: (min(N, 100), H, W, 3) uint8, the first of them.
-        labels: (N,) int64.
+        labels: (N,) int64, of classes or prompts.
         capacity: mean C_infer; None without MoE layers.
         nfe: evaluations of the model for each sample, guidance counting twice; the mean where an
             adaptive solver takes more for some blocks.
@@ -194,8 +211,9 @@ def _write_block(
     kept: int,
 ) -> None:
     indices = range(first, first + plan.block_size)
-    labels = [plan.labels(i) for i in indices]
-    latents, cost = sampler.latents(indices, labels)
+    wanted = plan.wanted
+    labels = [wanted.group(i) for i in indices]
+    latents, cost = sampler.latents([wanted.key(i) for i in indices], wanted.condition(indices))
     images = decode(latents)[:kept]
     capacity = cost.capacity()
     arrays = {
@@ -206,9 +224,12 @@ def _write_block(
     if measure is not None:
         features = measure(images)
         arrays |= {f"feature {name}": x.float().cpu().numpy() for name, x in features.items()}
-    if plan.save == "images":
+    if plan.save in ("images", "geneval"):
         for index, image in zip(indices, images, strict=False):
-            save_png(image, plan.folder.image(index), plan.hashes)
+            path = plan.folder.image(index)
+            if plan.save == "geneval":
+                path = plan.folder.geneval_image(*wanted.key(index))
+            save_png(image, path, plan.hashes)
     seen = len(images) if plan.save == "npz" else max(0, min(GRID_IMAGES - first, kept))
     arrays["images"] = images[:seen].numpy()
     if sampler.record:
@@ -234,7 +255,7 @@ def _assemble(plan: SetPlan, blocks: range, made: int) -> SampleSet:
             first.extend(images[: max(0, GRID_IMAGES - len(first))])
             block_routing = _pop(arrays, "routing ")
             if block_routing:
-                routing = routing or RoutingTable.start(block_routing, plan.num_classes)
+                routing = routing or RoutingTable.start(block_routing, plan.wanted.num_groups)
                 routing.add(block_routing, arrays["labels"])
             for name, values in arrays.items():
                 joined.setdefault(name, []).append(values)

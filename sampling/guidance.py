@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from config.objective import SamplingConfig
+from core.conditions import Condition
 from core.types import Model, ModelOutput
 
 
@@ -26,18 +27,20 @@ class Guided:
     def __init__(
         self,
         model: Model,
-        null_condition: Callable[[Tensor], Tensor],
+        null_condition: Callable[[Condition], Condition],
         settings: SamplingConfig,
     ):
         self.model = model
         self.null_condition = null_condition
         self.settings = settings
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> ModelOutput:
+        cond = Condition.of(cond)
         if self.settings.cfg_scale == 1 or not self._inside(t):
             return self.model(x, t, cond)
         if self.settings.cfg_pooling == "joint":
-            both = self.model(*(torch.cat([v, v]) for v in (x, t)), self._both(cond))
+            both = cond.cat(self.null_condition(cond))
+            both = self.model(torch.cat([x, x]), torch.cat([t, t]), both)
             (c, u), routing = both.prediction.chunk(2), both.routing
         else:
             output = self.model(x, t, cond)
@@ -46,9 +49,6 @@ class Guided:
         C = 3 if self.settings.cfg_channels == "first3" else x.shape[1]
         guided = u[:, :C] + self.settings.cfg_scale * (c[:, :C] - u[:, :C])
         return ModelOutput(torch.cat([guided, c[:, C:]], dim=1), routing)
-
-    def _both(self, cond: Tensor) -> Tensor:
-        return torch.cat([cond, self.null_condition(cond)])
 
     def _inside(self, t: Tensor) -> bool:
         """Whether the time, the same for all samples, lies in the open guidance interval."""
@@ -76,7 +76,7 @@ class CapacityMeter:
         self.calls = 0
         self.total: Tensor | None = None
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> ModelOutput:
         output = self.model(x, t, cond)
         halves = len(x) // self.batch_size
         if output.routing:

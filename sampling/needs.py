@@ -68,6 +68,10 @@ class Choice:
         """Whether this inference rule decides what experts compute."""
         return getattr(self.config.model.feed_forward, "inference", None) == rule
 
+    def takes_text(self) -> bool:
+        """Whether prompts say what is drawn."""
+        return self.config.model.text_hidden_size is not None
+
 
 @dataclass(frozen=True)
 class Need:
@@ -84,13 +88,19 @@ NEEDS = (
     Need(("num_per_class",), "--classes", lambda c: c.flags.classes is not None),
     Need(
         ("num_fid_samples",),
-        "no --classes, which with --num-per-class says how many",
-        lambda c: c.flags.classes is None,
+        "no --classes or prompts, which say how many with --num-per-class or --num-per-prompt",
+        lambda c: c.flags.classes is None and not c.takes_text(),
     ),
     Need(
         ("labels",),
         "a model with classes, and no --classes",
-        lambda c: c.flags.classes is None and c.config.model.num_classes > 0,
+        lambda c: c.flags.classes is None and c.config.model.num_classes > 0 and not c.takes_text(),
+    ),
+    Need(("classes",), "a model of classes, not of text", lambda c: not c.takes_text()),
+    Need(
+        ("prompt", "prompts", "num_per_prompt", "negative_prompt", "text_encoder"),
+        "a checkpoint trained on captions",
+        Choice.takes_text,
     ),
     Need(
         ("num_sampling_steps",),
@@ -98,7 +108,7 @@ NEEDS = (
         lambda c: c.sampling.sampler not in ADAPTIVE,
     ),
     Need(
-        ("cfg_interval", "cfg_channels", "cfg_pooling"),
+        ("cfg_interval", "cfg_channels", "cfg_pooling", "negative_prompt"),
         "guidance, a --cfg-scale other than 1",
         lambda c: c.sampling.cfg_scale != 1,
     ),

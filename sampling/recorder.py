@@ -1,16 +1,17 @@
 """Where the computation goes while a model samples, recorded by a wrapper around it.
 
 Shapes: B samples, S tokens of one sample's image, T evaluations of the model, L MoE layers,
-E experts, K classes. A half is the conditional (0) or the unconditional side (1) of guidance.
+E experts, K classes or prompts. A half is the conditional (0) or the unconditional side (1) of
+guidance.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.conditions import Condition
 from core.errors import UserError
 from core.types import Model, ModelOutput, RoutingRecord
 
@@ -24,12 +25,11 @@ class RoutingRecorder:
 
     Args:
         model: what is called, on whole batches of the samples or on both halves joined.
-        null_condition: gives the unconditional side of a condition.
         batch_size: B.
     """
 
-    def __init__(self, model: Model, null_condition: Callable[[Tensor], Tensor], batch_size: int):
-        self.model, self.null_condition, self.batch_size = model, null_condition, batch_size
+    def __init__(self, model: Model, batch_size: int):
+        self.model, self.batch_size = model, batch_size
         self.times: list[float] = []
         self.counts: list[list[Tensor | None]] = []
         self.maps: list[Tensor] = []
@@ -37,13 +37,13 @@ class RoutingRecorder:
         self.conditional = False
         """Whether the last call was a conditional half alone."""
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> ModelOutput:
         output = self.model(x, t, cond)
         if not output.routing:
             return output
         counts = torch.stack([record.counts for record in output.routing])  # (L, B or 2B, E)
         self.tokens = [record.num_tokens for record in output.routing]
-        free = bool((cond == self.null_condition(cond)).all())
+        free = cond.free is not None and bool(cond.free.all())
         if free and self.conditional:  # the other half of the call before
             self.counts[-1][1] = counts
             self.conditional = False
@@ -93,12 +93,12 @@ class RoutingRecorder:
 
 @dataclass
 class RoutingTable:
-    """Pairs of a whole set, summed over the samples of each class.
+    """Pairs of a whole set, summed over the samples of each class or prompt.
 
     Attributes:
         times: (T,) of the evaluations, in their order.
         pairs: (T, 2, L, E, K) int64.
-        samples: (T, 2, K) int64, samples of each class that were computed.
+        samples: (T, 2, K) int64, samples of each class or prompt that were computed.
         tokens: (L,) of a sample in each layer, those of the class included.
         maps: (T, M, S) mean pairs of each token over the layers, of the first samples of the set.
     """
@@ -110,19 +110,19 @@ class RoutingTable:
     maps: np.ndarray
 
     @classmethod
-    def start(cls, block: dict[str, np.ndarray], num_classes: int) -> "RoutingTable":
+    def start(cls, block: dict[str, np.ndarray], num_groups: int) -> "RoutingTable":
         """An empty table of the shape of a block's arrays; the block gives the maps."""
         evaluations, halves, layers, _, experts = block["counts"].shape
         return cls(
             block["times"],
-            np.zeros((evaluations, halves, layers, experts, num_classes), np.int64),
-            np.zeros((evaluations, halves, num_classes), np.int64),
+            np.zeros((evaluations, halves, layers, experts, num_groups), np.int64),
+            np.zeros((evaluations, halves, num_groups), np.int64),
             block["tokens"],
             block["maps"],
         )
 
     def add(self, block: dict[str, np.ndarray], labels: np.ndarray) -> None:
-        """Add a block's counts (T, 2, L, B, E), of samples with `labels` (B,).
+        """Add a block's counts (T, 2, L, B, E), of samples of the groups `labels` (B,).
 
         Raises:
             UserError: the block took other steps, as adaptive solvers do.

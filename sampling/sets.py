@@ -55,6 +55,19 @@ class SetFolder:
         return self.images / f"{index:06d}.png"
 
     @property
+    def geneval(self) -> Path:
+        """A folder for each prompt, as GenEval's evaluator reads them, in place of the archive."""
+        return self.path / "geneval"
+
+    def geneval_prompt(self, prompt: int) -> Path:
+        """One line that says what is asked for."""
+        return self.geneval / f"{prompt:05d}" / "metadata.jsonl"
+
+    def geneval_image(self, prompt: int, number: int) -> Path:
+        """PNG of one sample of a prompt."""
+        return self.geneval / f"{prompt:05d}" / "samples" / f"{number:05d}.png"
+
+    @property
     def grid(self) -> Path:
         """The first images as one picture."""
         return self.path / "grid.png"
@@ -97,7 +110,7 @@ class SetFolder:
         files = (self.archive, self.grid, self.features, self.routing, self.numbers)
         for file in (self.record, *files, *map(self.figure, FIGURES)):
             file.unlink(missing_ok=True)
-        for folder in (self.parts, self.images):
+        for folder in (self.parts, self.images, self.geneval):
             shutil.rmtree(folder, ignore_errors=True)
 
     def tidy(self) -> None:

@@ -1,5 +1,6 @@
 """A tiny random VAE, a small image folder, and the cache made of both."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_encoders import WIDTH, write_encoder
 
 from config.load import parse_config
 from core.distributed import Processes
 from core.files import file_hash
 from data.caching import CacheOptions, cache_latents
+from data.latents import LatentCache
+from data.text.caching import TextOptions, cache_text
+from data.text.captions import CaptionOptions
 from training.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +124,52 @@ sampling: {{num_steps: 3, cfg_scale: 1.5}}
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def text_encoder_folder(tmp_path_factory) -> Path:
+    """A random BERT of width 16 and its tokenizer."""
+    return write_encoder(tmp_path_factory.mktemp("text encoder") / "bert")
+
+
+@pytest.fixture(scope="session")
+def text_cache_folder(cache_folder, text_encoder_folder, tmp_path_factory) -> Path:
+    """Texts of two captions for each image of the small cache."""
+    folder = tmp_path_factory.mktemp("texts")
+    words = ("a red dog", "two green cat", "one cat", "the photo of a dog")
+    rows = [
+        {"img": name, "short": words[i % 4], "long": f"{words[i % 4]} and {words[i % 3]}"}
+        for i, name in enumerate(LatentCache(cache_folder).names())
+    ]
+    (folder / "captions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    captions = CaptionOptions(str(folder / "captions.jsonl"), None, "img", ("short", "long"))
+    paths = str(cache_folder), str(folder / "cache"), str(text_encoder_folder)
+    cache_text(TextOptions(captions, *paths, max_length=12), SINGLE)
+    return folder / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_t2i(tmp_path_factory, tiny_config, text_cache_folder) -> Path:
+    """The tiny config with captions in the place of classes."""
+    path = tmp_path_factory.mktemp("config") / "tiny_t2i.yaml"
+    path.write_text(
+        f"""
+base: {tiny_config}
+data: {{text_cached_path: {text_cache_folder}}}
+model: {{num_classes: 0, text_hidden_size: {WIDTH}, text_max_length: 12, text_refiner: 1}}
+"""
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_t2i(tiny_t2i, tmp_path_factory) -> Path:
+    """A finished run of a model of text, and what it wrote."""
+    run_dir = tmp_path_factory.mktemp("runs") / "t2i"
+    argv = ["--config", tiny_t2i, "--run_dir", run_dir, "--train.sample_every", "2"]
+    argv += ["--train.num_grid_samples", "3"]
+    train(parse_config([str(a) for a in argv], "train.py"), SINGLE)
+    return run_dir
 
 
 @pytest.fixture(scope="session")

@@ -60,6 +60,7 @@ def test_the_figures_in_the_table_of_configs_are_those_of_the_command():
         "diffmoe/L_E8_ddpm",
         "dsmoe/S_E48_flow",
         "jit/B16_E16",
+        "t2i/diffmoe_E16_flow",
     }
     checked = 0
     for names, (_, *cells) in table_of_configs():

@@ -9,6 +9,7 @@ from config.schema import Config
 from core.distributed import Processes
 from core.errors import ConfigError
 from core.logging import get_logger
+from data.text.facts import TextFacts
 
 log: logging.Logger = get_logger("checkpoint")
 
@@ -46,6 +47,14 @@ def check_same_latents(found: dict[str, Any] | None, wanted: dict[str, Any], fol
             raise ConfigError(
                 f"{folder}: was trained on other latents: {key}{where} is {was} there, {now} in "
                 "this run's data; a model of other latents is a new run (--init_from)"
+            )
+    texts = [(facts or {}).get("text") for facts in (found, wanted)]
+    if None not in texts:
+        difference = TextFacts.of(texts[0]).difference(TextFacts.of(texts[1]))
+        if difference is not None:
+            raise ConfigError(
+                f"{folder}: was trained on other texts: {difference}; a model of another encoder "
+                "is a new run (--init_from)"
             )
 
 

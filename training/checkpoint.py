@@ -48,6 +48,15 @@ log: logging.Logger = get_logger("checkpoint")
 OPTIMIZER = "optimizer"
 LABELS = ("label_embed.",)
 HEAD = ("final.linear.",)
+TEXT = ("text_embed.", "null_text", "null_mask", ".cross.", ".norm_cross.")
+FRESH = {
+    "nothing": (),
+    "labels": LABELS,
+    "head": HEAD,
+    "both": LABELS + HEAD,
+    "text": TEXT + LABELS,
+}
+"""Parts of the names of what a new run does not take over."""
 
 
 @dataclass
@@ -236,8 +245,19 @@ def initialise(config: Config, model: DiT) -> None:
     """
     if config.init_from is None:
         return
-    fresh = {"nothing": (), "labels": LABELS, "head": HEAD, "both": LABELS + HEAD}
     folder = find_checkpoint(Path(config.init_from))
-    load_weights(model, weights_path(folder, "ema"), fresh[config.init_fresh])
+    weights = weights_path(folder, "ema")
+    load_weights(model, weights, FRESH[config.init_fresh])
+    if config.init_fresh == "text":
+        _take_labels(model, weights)
     for difference in model_differences(load_config(folder / CONFIG_FILE), config).values():
         log.warning("init_from: %s: %s", folder, difference)
+
+
+def _take_labels(model: DiT, path: Path) -> None:
+    """The labels of the weights at `path`; of "no class" alone, where the model has no others."""
+    (name, mine), *_ = model.label_embed.state_dict(prefix=LABELS[0]).items()
+    theirs = read_tensors(path)[name]
+    found = {name: theirs[-1:] if len(mine) == 1 else theirs}
+    check_tensors(found, {name: mine}, path)
+    mine.copy_(found[name])

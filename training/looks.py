@@ -11,13 +11,14 @@ from config.schema import Config
 from core.distributed import Processes
 from core.logging import get_logger
 from core.types import Objective
+from data.dataset import TrainingData
 from data.vae import VAE, PixelSpace, open_vae, to_uint8
 from models.dit import DiT
 from sampling.generate import Sampler
 from sampling.grid import image_grid, save_png
 from training.interruption import StopRequest
 from training.parallel import is_sharded
-from training.scores import SampleScores
+from training.scores import SampleScores, wanted_of
 from training.telemetry import Telemetry
 from training.validation import Validation
 
@@ -33,7 +34,7 @@ class Looks:
     Args:
         config: says how often, and at what.
         objective: of the run.
-        latent_shape: (C, h, w).
+        data: of the run.
         processes: all of which look together.
 
     Raises:
@@ -44,18 +45,18 @@ class Looks:
         self,
         config: Config,
         objective: Objective,
-        latent_shape: tuple[int, int, int],
+        data: TrainingData,
         processes: Processes,
     ):
         self.config, self.objective, self.processes = config, objective, processes
-        self.latent_shape = latent_shape
+        self.data, self.latent_shape = data, data.source.latent_shape
         self.sharded = is_sharded(config, processes)
         self.validation = self.scores = None
         if config.train.val_every:
             self.validation = Validation(config, objective, processes)
         self.vae = self._load_vae()
         if config.evaluation.every:
-            self.scores = SampleScores(config, objective, self.vae, latent_shape, processes)
+            self.scores = SampleScores(config, objective, self.vae, data, processes)
 
     def take(self, step: int, model: DiT, telemetry: Telemetry, stop: StopRequest) -> None:
         """Every look that `step` has, until a stop is asked for."""
@@ -130,8 +131,9 @@ class Looks:
             config.seed,
             self.processes.device,
         )
-        labels = [i % max(config.model.num_classes, 1) for i in range(count)]
-        return sampler.latents(range(count), labels)[0]
+        classes = max(config.model.num_classes, 1)
+        wanted = wanted_of(config, self.data, lambda index: index % classes)
+        return sampler.latents(range(count), wanted.condition(range(count)))[0]
 
     def _grid_path(self, step: int) -> Path:
         return Path(self.config.run_dir) / "samples" / f"step_{step:07d}.png"

@@ -9,6 +9,7 @@ from config.schema import Config
 from core.distributed import Processes
 from core.logging import progress
 from core.types import Objective
+from data.dataset import TrainingData
 from data.vae import VAE, PixelSpace, to_uint8
 from evaluations.features import build_extractor
 from evaluations.metrics import frechet_distance
@@ -16,8 +17,16 @@ from evaluations.reference import read_reference
 from evaluations.statistics import RunningStatistics
 from models.dit import DiT
 from sampling.generate import Sampler
-from sampling.labels import random_labels
+from sampling.labels import Labels, random_labels
+from sampling.wanted import ByClass, ByImage, Wanted
 from training.interruption import StopRequest
+
+
+def wanted_of(config: Config, data: TrainingData, labels: Labels) -> Wanted:
+    """What samples are made of while training: the captions of images, or classes."""
+    if config.model.text_hidden_size is not None:
+        return ByImage(data, config.seed)
+    return ByClass(labels, config.model.num_classes)
 
 
 class SampleScores:
@@ -27,7 +36,7 @@ class SampleScores:
         config: reference, number of samples, network, sampler.
         objective: makes data of noise.
         vae: decoder, on this process's device.
-        latent_shape: (C, h, w).
+        data: of the run.
         processes: share the blocks of samples.
 
     Raises:
@@ -39,11 +48,11 @@ class SampleScores:
         config: Config,
         objective: Objective,
         vae: VAE | PixelSpace,
-        latent_shape: tuple[int, int, int],
+        data: TrainingData,
         processes: Processes,
     ):
         self.config, self.objective, self.vae = config, objective, vae
-        self.latent_shape, self.processes = latent_shape, processes
+        self.latent_shape, self.processes = data.source.latent_shape, processes
         asked = config.evaluation
         weights = asked.classifier if asked.features == "digits" else asked.inception_weights
         path = None if weights is None else Path(weights)
@@ -54,7 +63,8 @@ class SampleScores:
         reference = read_reference(Path(asked.reference), self.extractor, images=False)
         self.name = "FID" if asked.features == "inception" else f"FD-{asked.features}"
         self.reference = reference.statistics_of("pool", self.name)
-        self.label = random_labels(config.model.num_classes, config.seed)
+        labels = random_labels(config.model.num_classes, config.seed)
+        self.wanted = wanted_of(config, data, labels)
 
     @torch.no_grad()
     def score(
@@ -82,7 +92,7 @@ class SampleScores:
         with nullcontext() if stop is None else stop.interrupting(model, sharded):
             for first in progress(mine, processes, "scores", "block", leave=False):
                 indices = range(first, first + asked.batch_size)
-                latents, _ = sampler.latents(indices, [self.label(i) for i in indices])
+                latents, _ = sampler.latents(indices, self.wanted.condition(indices))
                 images = to_uint8(self.vae.decode(latents))[: asked.num_samples - first]
                 sums.update(self.extractor(images)["pool"])
         if stop is not None and stop.ask_all():

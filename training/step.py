@@ -14,13 +14,11 @@ from config.validate import accumulation_steps
 from core.distributed import Processes
 from core.rng import derive_seed, generator
 from core.types import Objective, RoutingRecord
+from data.dataset import Batch
 from models.dit import DiT
 from training import router_state
 from training.clock import Clock
 from training.parallel import last_micro_batch
-
-Batch = tuple[Tensor, Tensor]
-"""Latents (B, C, H, W) and labels (B,)."""
 
 
 @dataclass
@@ -104,7 +102,7 @@ class TrainStep:
         self, batch: Batch, step: int, slot: int
     ) -> tuple[dict[str, Tensor], list[RoutingRecord], Tensor]:
         """Forward and backward; losses by name, routing, noise levels."""
-        x, cond = (t.to(self.processes.device, non_blocking=True) for t in batch)
+        x, cond = (part.to(self.processes.device, non_blocking=True) for part in batch)
         number = slot * self.processes.world_size + self.processes.rank
         draw = generator(self.seed, "train", step, number, device=self.processes.device)
         cond = self.bare.drop_condition(cond, draw)

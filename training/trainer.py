@@ -20,6 +20,7 @@ from core.locks import exclusive
 from core.logging import get_logger, quiet_other_processes
 from core.precision import set_tf32
 from core.rng import derive_seed
+from data.dataset import Batch
 from data.loader import training_batches
 from data.sources import training_data
 from models.build import build_model
@@ -45,7 +46,7 @@ from training.optim import build_optimizer, learning_rate
 from training.parallel import build_sharded, is_sharded, prepare
 from training.profiling import Profiler
 from training.saving import CheckpointWriter
-from training.step import Batch, StepResult, TrainStep
+from training.step import StepResult, TrainStep
 from training.telemetry import Telemetry
 
 log: logging.Logger = get_logger("train")
@@ -107,7 +108,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.data = training_data(config, processes)
         self.objective = build_objective(config.objective)
-        self.looks = Looks(config, self.objective, self.data.source.latent_shape, processes)
+        self.looks = Looks(config, self.objective, self.data, processes)
         checkpoint = checkpoint_of(config, processes)
         self.begins = checkpoint is None
         if self.begins:
@@ -252,6 +253,7 @@ class Trainer:
             "latent_channels": source.latent_shape[0],
             "class_names": source.class_names if config.model.num_classes else [],
             "vae_hash": source.vae_hash,
+            "text": self.data.conditions.text_facts(),
         }
         optimizer = build_optimizer(model, optim)
         return TrainingState(config, model, emas, optimizer, latents, len(self.data))
@@ -262,6 +264,9 @@ class Trainer:
         model = build_model(self.config.model)
         if self.begins:
             initialise(self.config, model)
+            null = self.data.conditions.null
+            if null is not None:
+                model.set_null_text(null)
         return model
 
     def _build_sharded(self, count: int) -> list[DiT]:

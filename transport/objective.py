@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from config.objective import SAMPLERS, FlowConfig, SamplingConfig
+from core.conditions import Condition
 from core.errors import UserError, unknown_name
 from core.types import Draw, LossTerms, Model
 from transport import ode, sde
@@ -38,7 +39,7 @@ class Flow:
             self.to_velocity = functools.partial(self.to_velocity, t_eps=self.config.t_eps)
 
     def training_losses(
-        self, model: Model, x: Tensor, cond: Tensor, generator: torch.Generator | None = None
+        self, model: Model, x: Tensor, cond: Condition, generator: torch.Generator | None = None
     ) -> LossTerms:
         """Loss at times and noise drawn from `generator`.
 
@@ -53,7 +54,7 @@ class Flow:
         return self.losses_at(model, x, cond, t, noise)
 
     def losses_at(
-        self, model: Model, x: Tensor, cond: Tensor, t: Tensor, noise: Tensor
+        self, model: Model, x: Tensor, cond: Condition, t: Tensor, noise: Tensor
     ) -> LossTerms:
         """The loss at given times (B,) and noise (B, C, H, W): weighted mean squared error."""
         noise = self.config.noise_scale * noise
@@ -97,7 +98,7 @@ class Flow:
         return to_velocity**2 if self.config.loss_weighting == "velocity" else to_likelihood
 
     def sample(
-        self, model: Model, noise: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
+        self, model: Model, noise: Tensor, cond: Condition, settings: SamplingConfig, draw: Draw
     ) -> Tensor:
         """From `noise` (B, C, H, W) at t = 0 to data at t = 1.
 
@@ -120,7 +121,7 @@ class Flow:
         )
 
     def _stochastic(
-        self, model: Model, noise: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
+        self, model: Model, noise: Tensor, cond: Condition, settings: SamplingConfig, draw: Draw
     ) -> Tensor:
         """`num_steps` steps, the last of them by the rule for it where there is one."""
         rule = settings.last_step
@@ -136,7 +137,7 @@ class Flow:
         self,
         model: Model,
         noise: Tensor,
-        cond: Tensor,
+        cond: Condition,
         settings: SamplingConfig,
         draw: Draw,
         grid: Tensor,
@@ -158,7 +159,7 @@ class Flow:
             settings.last_step, self.path, fields, diffusion, x, grid[-1], settings.last_step_size
         )
 
-    def velocity(self, model: Model, cond: Tensor) -> ode.Field:
+    def velocity(self, model: Model, cond: Condition) -> ode.Field:
         """The model's velocity as a field over (x, t)."""
 
         def field(x: Tensor, t: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class Flow:
         return field
 
     def log_likelihood(
-        self, model: Model, x: Tensor, cond: Tensor, settings: SamplingConfig, probe: Tensor
+        self, model: Model, x: Tensor, cond: Condition, settings: SamplingConfig, probe: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(B,) nats of data `x` (B, C, H, W), and the noise that the ODE takes to it.
 
@@ -199,7 +200,7 @@ class Flow:
         )
 
     def bits_per_dim(
-        self, model: Model, x: Tensor, cond: Tensor, settings: SamplingConfig, draw: Draw
+        self, model: Model, x: Tensor, cond: Condition, settings: SamplingConfig, draw: Draw
     ) -> Tensor:
         """(B,) -log2 of the density of data `x` (B, C, H, W), for each of its numbers.
 

@@ -274,18 +274,19 @@ def test_guard_names_both_sides(cache_folder):
 def test_draws_do_not_depend_on_grouping(cache_folder):
     dataset = LatentDataset(LatentCache(cache_folder), seed=5)
     items = [(epoch, index) for epoch in (0, 1) for index in range(23)]
-    latents, labels = dataset.__getitems__(items)
+    latents, cond = dataset.__getitems__(items)
+    labels = cond.labels
     assert latents.shape == (46, 3, 8, 8)
     assert latents.dtype == torch.float32
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
     torch.manual_seed(99)
     for part in order.split(7):
-        again, again_labels = dataset.__getitems__([items[i] for i in part])
+        again, again_cond = dataset.__getitems__([items[i] for i in part])
         assert torch.equal(again, latents[part])
-        assert torch.equal(again_labels, labels[part])
-    single, label = dataset[(1, 4)]
+        assert torch.equal(again_cond.labels, labels[part])
+    single, cond = dataset[(1, 4)]
     assert torch.equal(single, latents[27])
-    assert label == labels[27]
+    assert cond.labels.tolist() == [labels[27]]
 
 
 def test_epoch_seed_and_index_change_the_draw(cache_folder):
@@ -354,4 +355,4 @@ def test_workers_change_nothing(cache_folder, method):
     shared = load(num_workers=2, multiprocessing_context=method)
     for one, other in zip(alone, shared, strict=True):
         assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
+        assert torch.equal(one[1].labels, other[1].labels)

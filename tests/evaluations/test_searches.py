@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from config.load import to_plain
+from core.conditions import Condition
 from core.errors import UserError
 from data.vae import VAE, to_uint8
 from evaluations import compare, routing_gap, sweep, threshold_search
@@ -137,7 +138,7 @@ def test_routing_gap_shows_both_rules_of_the_same_noise(trained, tmp_path, monke
     picture = np.asarray(Image.open(next(tmp_path.glob("*/routing_gap-*n3.png"))))
     assert picture.shape == (2 * 16 + 2, 3 * 16 + 2 * 2, 3)
     loaded = load_pretrained(trained, routing={"inference": "topk"})
-    latents, _ = Sampler.of(loaded).latents(range(1, 2), [0])
+    latents, _ = Sampler.of(loaded).latents(range(1, 2), Condition.of_labels([0]))
     image = to_uint8(VAE(loaded.config.data.vae_path).decode(latents))[0].numpy()
     away = picture[:16, 18:34].astype(int) - image
     assert abs(away).max() <= 1  # threads of the two differ

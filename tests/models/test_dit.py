@@ -97,15 +97,17 @@ def test_conditions():
     model = randomise(small("dense"))
     x, t, y = inputs()
     null = model.null_condition(y)
-    assert null.tolist() == [5, 5, 5]
+    assert null.labels.tolist() == [5, 5, 5]
+    assert null.free.all()
     assert not torch.equal(model(x, t, y).prediction, model(x, t, null).prediction)
     labels = torch.zeros(20_000, dtype=torch.int64)
     dropped = model.drop_condition(labels, torch.Generator().manual_seed(0))
-    share = (dropped == 5).float().mean()
+    share = (dropped.labels == 5).float().mean()
     assert abs(share - 0.1) < 0.01
-    assert ((dropped == 5) | (dropped == 0)).all()
+    assert torch.equal(dropped.free, dropped.labels == 5)
+    assert (dropped.free | (dropped.labels == 0)).all()
     again = model.drop_condition(labels, torch.Generator().manual_seed(0))
-    assert torch.equal(dropped, again)
+    assert torch.equal(dropped.labels, again.labels)
 
 
 def test_positions_and_times_by_hand():

@@ -9,6 +9,7 @@ from PIL import Image
 
 from config.objective import SamplingConfig
 from config.schema import DiffMoEConfig, ModelConfig
+from core.conditions import Condition
 from core.distributed import Processes
 from core.types import ModelOutput, RoutingRecord
 from data.vae import to_uint8
@@ -18,6 +19,7 @@ from sampling.grid import image_grid, save_png
 from sampling.guidance import CapacityMeter, Guided
 from sampling.labels import balanced_labels, chosen_labels, random_labels
 from sampling.sets import SetFolder
+from sampling.wanted import ByClass
 from transport.objective import Flow
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -34,13 +36,14 @@ class Conditioned:
         self.calls = []
 
     def __call__(self, x, t, cond):
+        cond = Condition.of(cond).labels
         self.calls.append(cond.tolist())
         y = cond.float()[:, None, None, None].expand(-1, 2, 1, 1)
         return ModelOutput(y, [record([1, 2], [3, 4]), record([2, 2], [2, 2])])
 
 
 def null(cond):
-    return torch.full_like(cond, 9)
+    return Condition(torch.full_like(cond.labels, 9)).side(free=True)
 
 
 def test_guidance_moves_away_from_the_unconditional_side():
@@ -129,7 +132,7 @@ HASHES = {"checkpoint_sha256": "a" * 64, "set_sha256": "b" * 64}
 
 
 def run(sampler, path, processes=ALONE, num_samples=10, measure=None, save="npz"):
-    plan = SetPlan(LABEL, num_samples, 4, SetFolder(path), save, 3, HASHES)
+    plan = SetPlan(ByClass(LABEL, 3), num_samples, 4, SetFolder(path), save, HASHES)
     return generate_set(sampler, decode, measure, plan, processes)
 
 
@@ -141,11 +144,11 @@ def test_a_set_has_its_images_labels_and_capacity(sampler, tmp_path):
     assert (images.shape, images.dtype) == ((10, 4, 4, 3), np.uint8)
     assert labels.tolist() == [LABEL(i) for i in range(10)] == result.labels.tolist()
     np.testing.assert_array_equal(result.first.numpy(), images)
-    latents, _ = sampler.latents(range(4), [LABEL(i) for i in range(4)])
+    latents, _ = sampler.latents(range(4), ByClass(LABEL, 3).condition(range(4)))
     pixels = (127.5 * latents[:, :3] + 128).clamp(0, 255).to(torch.uint8)
     np.testing.assert_array_equal(images[:4], pixels.permute(0, 2, 3, 1).numpy())
     kept = [
-        sampler.latents(range(j, j + 4), [LABEL(i) for i in range(j, j + 4)])[1].capacity()
+        sampler.latents(range(j, j + 4), ByClass(LABEL, 3).condition(range(j, j + 4)))[1].capacity()
         for j in (0, 4, 8)
     ]
     assert result.capacity == pytest.approx(torch.cat(kept)[:10].mean().item(), rel=1e-6)
@@ -191,7 +194,7 @@ def run_until(sampler, blocks, path):
         made.append(None)
         return decode(latents)
 
-    plan = SetPlan(LABEL, 10, 4, SetFolder(path), "npz", 3, HASHES)
+    plan = SetPlan(ByClass(LABEL, 3), 10, 4, SetFolder(path), "npz", HASHES)
     with pytest.raises(KilledError):
         generate_set(sampler, dying, measure, plan, ALONE)
 

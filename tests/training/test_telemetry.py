@@ -11,6 +11,7 @@ from config.schema import DiffMoEConfig, ModelConfig, TokenChoiceConfig
 from core.distributed import Processes
 from core.files import file_hash
 from core.types import ModelOutput, RoutingRecord
+from data.sources import training_data
 from data.vae import VAE, to_uint8
 from evaluations.inception import load_inception
 from evaluations.metrics import frechet_distance, statistics
@@ -19,6 +20,7 @@ from models.build import build_model
 from models.pretrained import load_pretrained
 from sampling.generate import Sampler
 from sampling.labels import random_labels
+from sampling.wanted import ByClass
 from training.clock import Clock
 from training.flops import matmul_rate, training_flops
 from training.router_state import keepers
@@ -243,7 +245,7 @@ def test_scores_while_training_change_nothing_and_are_the_samples(
     parts = []
     for first in (0, 4):
         indices = range(first, first + 4)
-        latents, _ = sampler.latents(indices, [label(i) for i in indices])
+        latents, _ = sampler.latents(indices, ByClass(label, 3).condition(indices))
         parts.append(network(to_uint8(vae.decode(latents)))["pool"])
     pool = torch.cat(parts)[:6].numpy()
     reference = statistics(network(images.to(torch.uint8))["pool"].numpy())
@@ -277,13 +279,14 @@ def test_scores_do_not_depend_on_the_number_of_processes(
             return tensor
 
     vae = VAE(str(vae_folder))
-    alone = SampleScores(config, Flow(), vae, (3, 8, 8), ALONE).score(model)
+    data = training_data(config, ALONE)
+    alone = SampleScores(config, Flow(), vae, data, ALONE).score(model)
     for rank in range(2):
-        SampleScores(config, Flow(), vae, (3, 8, 8), Half(rank, 2, CPU)).score(model)
+        SampleScores(config, Flow(), vae, data, Half(rank, 2, CPU)).score(model)
     joined = RunningStatistics(2048)
     halves = zip(sums[:3], sums[3:], strict=True)
     joined.count, joined.total, joined.products = (one + other for one, other in halves)
     assert joined.count == 6
-    scores = SampleScores(config, Flow(), vae, (3, 8, 8), ALONE)
+    scores = SampleScores(config, Flow(), vae, data, ALONE)
     expected = frechet_distance(*scores.reference, *joined.result())
     assert alone["FID-6"] == pytest.approx(expected, rel=1e-9)
