@@ -34,8 +34,15 @@ REPORT = "unreadable.txt"
 log = get_logger("data.caching")
 
 
-def cache_latents(options: CacheOptions, processes: Processes) -> None:
+def cache_latents(
+    options: CacheOptions, processes: Processes, images: ImageFolder | None = None
+) -> None:
     """Write the cache; every process calls this.
+
+    Args:
+        options: what to cache and how.
+        processes: that share the work.
+        images: those of `options.data_path`, where they have been looked up already.
 
     Raises:
         UserError: bad folder, VAE or image size, an unreadable image, a finished cache without
@@ -43,9 +50,9 @@ def cache_latents(options: CacheOptions, processes: Processes) -> None:
             died or hangs, or values beyond the range of `dtype`.
     """
     out = Path(options.cached_path)
-    if _is_finished(out, options):
+    if is_finished(options):
         raise ConfigError(_finished(out))
-    folder = ImageFolder(options.data_path, processes=processes)
+    folder = images or ImageFolder(options.data_path, processes=processes)
     with processes.main_first():
         vae = VAE(options.vae_path, processes.device)
     if options.image_size % vae.factor:
@@ -56,8 +63,9 @@ def cache_latents(options: CacheOptions, processes: Processes) -> None:
         _write(out, options, processes, vae, folder)
 
 
-def _is_finished(out: Path, options: CacheOptions) -> bool:
-    return (out / MANIFEST).exists() and not options.overwrite
+def is_finished(options: CacheOptions) -> bool:
+    """Whether the cache is there already, and is to stay."""
+    return (Path(options.cached_path) / MANIFEST).exists() and not options.overwrite
 
 
 def _finished(out: Path) -> str:
@@ -118,7 +126,7 @@ def _prepare(
     out: Path, options: CacheOptions, manifest: Manifest, folder: ImageFolder
 ) -> str | None:
     """Make the folder, or see that what lies in it can be gone on with; why not, if not."""
-    names = "\n".join(os.path.relpath(path, options.data_path) for path in folder.paths)
+    names = "\n".join(folder.name(index) for index in range(len(folder)))
     # Not `on_error`: who stopped at a bad image goes on with `skip`.
     plan = dataclasses.asdict(manifest) | {
         "images": hashlib.sha256(os.fsencode(names)).hexdigest(),
@@ -129,7 +137,7 @@ def _prepare(
     plan = json.loads(json.dumps(plan))
     try:
         sweep(out)
-        if _is_finished(out, options):  # by whoever wrote it while the images were looked through
+        if is_finished(options):  # by whoever wrote it while the images were looked through
             return _finished(out)
         if options.overwrite:
             _clear(out)

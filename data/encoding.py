@@ -21,7 +21,7 @@ from core.distributed import Processes
 from core.errors import UserError
 from core.files import complete_file
 from core.logging import get_logger, progress
-from data.images import ImageFolder, load_image, to_float
+from data.images import ImageFolder, to_float
 from data.manifest import VIEWS, Shard, stored_dtype
 from data.vae import VAE
 from data.workers import next_of, steady
@@ -113,7 +113,7 @@ class _Batches(Dataset):
         images, read, errors = [], [], []
         for index in indices:
             try:
-                images.append(load_image(self.folder.paths[index], self.size))
+                images.append(self.folder.load(index, self.size))
                 read.append(index)
             except UserError as error:
                 errors.append(" ".join(str(error).split()))
@@ -239,7 +239,7 @@ def _write_shard(
 ) -> None:
     """The shard's files, then its record."""
     out = Path(options.cached_path)
-    names = [os.path.relpath(folder.paths[i], options.data_path) for i in read]
+    names = [folder.name(index) for index in read]
     try:
         shard = Shard.write(out, number, moments, folder.labels[read], names)
         with complete_file(_record_path(out, number)) as temporary:

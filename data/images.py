@@ -62,7 +62,7 @@ class ImageFolder:
         suffixes: tuple[str, ...] = SUFFIXES,
         processes: Processes | None = None,
     ):
-        root = Path(root)
+        self.root = root = Path(root)
         if not root.is_dir():
             raise UserError(f"image folder: {root} is not a folder")
         scan = _Scan(root, suffixes)
@@ -90,6 +90,14 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """Path of an image below `root`."""
+        return os.path.relpath(self.paths[index], self.root)
+
+    def load(self, index: int, size: int) -> Tensor:
+        """Image (3, size, size) of a number; see `load_image`."""
+        return load_image(self.paths[index], size)
 
 
 class _Scan:
@@ -186,7 +194,7 @@ class ImageDataset(Dataset):
         return len(self.folder)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image = load_image(self.folder.paths[index], self.size)
+        image = self.folder.load(index, self.size)
         return to_float(image), int(self.folder.labels[index]), index
 
 
