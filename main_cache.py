@@ -45,7 +45,11 @@ def build_parser() -> Parser:
     example = "ImageNet at 256 x 256 on 8 GPUs: " + __doc__.split("\n\n")[2].strip()
     parser = Parser("main_cache.py", __doc__, epilog=example)
     add = parser.add_argument
-    add("--data-path", default=argparse.SUPPRESS, help="image folder: DATA_PATH/<class>/<images>")
+    add(
+        "--data-path",
+        default=argparse.SUPPRESS,
+        help="image folder: DATA_PATH/<class>/<images>; or tar files",
+    )
     add("--cached-path", required=True, default=argparse.SUPPRESS, help="folder to write")
     add("--batch-size", type=positive, default=128, help="images per forward pass")
     add("--shard-size", type=positive, default=4096, help="images, or captions, per file")
@@ -86,8 +90,8 @@ def add_captions(parser: Parser) -> list[str]:
     added = [
         add(
             "--captions",
-            help="where they are: txt (files beside the images), metadata (metadata.jsonl or .csv "
-            "in their folders), template (of the classes' names), or a .jsonl or .csv file",
+            help="where they are: txt or json (files beside the images), metadata (metadata.jsonl "
+            "or .csv in their folders), template (of the classes' names), or a .jsonl or .csv file",
         ),
         add("--text-cached-path", help="folder to write encoded captions to"),
         add("--text-encoder", help="a hub id, or a local folder made by save_pretrained"),

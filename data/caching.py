@@ -20,9 +20,10 @@ from core.files import complete_file, sweep
 from core.locks import exclusive
 from core.logging import get_logger
 from data.encoding import KEPT, CacheOptions, encode_shards, read_record
-from data.images import CROP_RULE, ImageFolder
+from data.images import CROP_RULE, ImageSource
 from data.latents import LatentCache
 from data.manifest import KINDS, MANIFEST, Manifest
+from data.tars import open_images
 from data.vae import VAE
 
 PLAN = "unfinished.json"
@@ -35,7 +36,7 @@ log = get_logger("data.caching")
 
 
 def cache_latents(
-    options: CacheOptions, processes: Processes, images: ImageFolder | None = None
+    options: CacheOptions, processes: Processes, images: ImageSource | None = None
 ) -> None:
     """Write the cache; every process calls this.
 
@@ -52,7 +53,7 @@ def cache_latents(
     out = Path(options.cached_path)
     if is_finished(options):
         raise ConfigError(_finished(out))
-    folder = images or ImageFolder(options.data_path, processes=processes)
+    folder = images or open_images(options.data_path, processes)
     with processes.main_first():
         vae = VAE(options.vae_path, processes.device)
     if options.image_size % vae.factor:
@@ -73,7 +74,7 @@ def _finished(out: Path) -> str:
 
 
 def _write(
-    out: Path, options: CacheOptions, processes: Processes, vae: VAE, folder: ImageFolder
+    out: Path, options: CacheOptions, processes: Processes, vae: VAE, folder: ImageSource
 ) -> None:
     """Write what is missing of the cache, whose folder is ours alone."""
     manifest = _describe(options, vae, folder)
@@ -106,7 +107,7 @@ def _write(
     processes.barrier()
 
 
-def _describe(options: CacheOptions, vae: VAE, folder: ImageFolder) -> Manifest:
+def _describe(options: CacheOptions, vae: VAE, folder: ImageSource) -> Manifest:
     """The manifest, still without its shards."""
     side = options.image_size // vae.factor
     return Manifest(
@@ -123,7 +124,7 @@ def _describe(options: CacheOptions, vae: VAE, folder: ImageFolder) -> Manifest:
 
 
 def _prepare(
-    out: Path, options: CacheOptions, manifest: Manifest, folder: ImageFolder
+    out: Path, options: CacheOptions, manifest: Manifest, folder: ImageSource
 ) -> str | None:
     """Make the folder, or see that what lies in it can be gone on with; why not, if not."""
     names = "\n".join(folder.name(index) for index in range(len(folder)))

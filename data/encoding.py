@@ -21,7 +21,7 @@ from core.distributed import Processes
 from core.errors import UserError
 from core.files import complete_file
 from core.logging import get_logger, progress
-from data.images import ImageFolder, to_float
+from data.images import ImageSource, to_float
 from data.manifest import VIEWS, Shard, stored_dtype
 from data.vae import VAE
 from data.workers import next_of, steady
@@ -105,7 +105,7 @@ class _Batches(Dataset):
     A worker's exception would reach the main process as a traceback in the message's place.
     """
 
-    def __init__(self, folder: ImageFolder, size: int):
+    def __init__(self, folder: ImageSource, size: int):
         self.folder = folder
         self.size = size
 
@@ -130,7 +130,7 @@ def encode_shards(
     options: CacheOptions,
     processes: Processes,
     vae: VAE,
-    folder: ImageFolder,
+    folder: ImageSource,
     shards: list[range],
     missing: list[int],
 ) -> int:
@@ -174,7 +174,7 @@ def encode_shards(
 
 
 def _loader(
-    options: CacheOptions, folder: ImageFolder, work: list[list[int]], processes: Processes
+    options: CacheOptions, folder: ImageSource, work: list[list[int]], processes: Processes
 ) -> DataLoader:
     """Reads the batches `work` of indices, in their order."""
     return DataLoader(
@@ -188,7 +188,7 @@ def _loader(
     )
 
 
-def _reading(folder: ImageFolder, indices: list[int]) -> str:
+def _reading(folder: ImageSource, indices: list[int]) -> str:
     return f"{folder.paths[indices[0]]} ... {os.path.basename(folder.paths[indices[-1]])}"
 
 
@@ -231,7 +231,7 @@ class _Encoder:
 
 def _write_shard(
     options: CacheOptions,
-    folder: ImageFolder,
+    folder: ImageSource,
     number: int,
     moments: np.ndarray,
     read: list[int],

@@ -166,9 +166,9 @@ CACHE = """
 --cached-path out --captions txt --text-encoder x --text-cached-path out | is --cached-path; a
 --cached-path out --captions txt --text-encoder x --text-cached-path t | --data-path: needed to wr
 {text_only} --img-size 16 | --img-size: has no effect with --text-only
-{text_only} --captions words | --captions: unknown 'words'; allowed: txt, metadata, template, or the
+{text_only} --captions words | --captions: unknown 'words'; allowed: txt, json, metadata,
 {text_only} --captions {nowhere}.jsonl | --captions: cannot read {nowhere}.jsonl: No such file
-{text_only} --captions {code} | allowed: txt, metadata, template, or the path of a .jsonl or .csv
+{text_only} --captions {code} | allowed: txt, json, metadata, template, or the path of a .jso
 {text_only} --captions txt | --data-path: captions 'txt' lie in the image folder, which is to be nam
 {text_only} --captions txt --data-path {images} | has no captions, {images}/class0/00.txt is missing
 {text_only} --captions metadata --data-path {images} | {images} has neither metadata.jsonl nor

@@ -8,8 +8,8 @@ from core.errors import ConfigError, UserError
 from core.logging import get_logger
 from data.caching import cache_latents, is_finished
 from data.encoding import CacheOptions
-from data.images import ImageFolder
 from data.latents import LatentCache
+from data.tars import open_images
 from data.text.caching import TextOptions, cache_text, check_unfinished, open_encoder
 from data.text.captions import read_captions
 from data.vae import KNOWN_NAMES
@@ -27,7 +27,7 @@ def cache_latents_and_text(latents: CacheOptions, text: TextOptions, processes: 
         UserError: as `cache_latents` and `cache_text`.
     """
     check_unfinished(Path(text.text_cached_path), text.overwrite)
-    images = ImageFolder(latents.data_path, processes=processes)
+    images = open_images(latents.data_path, processes)
     names = [images.name(index) for index in range(len(images))]
     if is_finished(latents):
         _check_same(latents, names)
