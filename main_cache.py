@@ -17,7 +17,7 @@ from core.distributed import NO_HURRY, processes
 from core.errors import ConfigError, command
 from core.logging import quiet_other_processes
 from data.caching import CacheOptions, cache_latents, verify_cache
-from data.manifest import DTYPES
+from data.manifest import DTYPES, VIEWS
 from data.text.caching import TextOptions, cache_text, verify_text
 from data.text.captions import CaptionOptions
 from data.text.facts import DTYPES as TEXT_DTYPES
@@ -73,6 +73,7 @@ def add_latents(parser: Parser) -> list[str]:
         add("--num-workers", type=natural, default=workers, help="readers of each process"),
         add("--timeout", type=positive, default=600, help="seconds to wait for one of them"),
         add("--dtype", choices=DTYPES, default="float16", help="of stored moments"),
+        add("--views", type=int, choices=(1, 2), help="2: mirrored too; with captions 1"),
         add("--on-error", choices=("stop", "skip"), default="stop", help="at an unreadable image"),
         add(
             "--vae-dtype",
@@ -145,7 +146,12 @@ def latent_options(flags: dict) -> CacheOptions:
         *("data_path", "cached_path", "vae_path", "batch_size", "num_workers", "dtype"),
         *("shard_size", "overwrite", "on_error", "vae_dtype", "timeout"),
     )
-    return CacheOptions(image_size=flags["img_size"], **{name: flags[name] for name in names})
+    return CacheOptions(
+        image_size=flags["img_size"],
+        # A mirrored image contradicts a caption that says left or right.
+        views=flags["views"] or (VIEWS if flags["captions"] is None else 1),
+        **{name: flags[name] for name in names},
+    )
 
 
 def text_options(flags: dict) -> TextOptions:

@@ -120,6 +120,7 @@ def _describe(options: CacheOptions, vae: VAE, folder: ImageSource) -> Manifest:
         latent_shape=(vae.latent_channels, side, side),
         dtype=options.dtype,
         class_names=folder.class_names,
+        views=options.views,
     )
 
 

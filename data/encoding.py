@@ -2,7 +2,7 @@
 
 A shard that is done leaves a record, `done-00000.json`, beside its files.
 
-Shapes: B batch, C latent channels, h and w height and width of the latent.
+Shapes: B batch, V views of an image, C latent channels, h and w height and width of the latent.
 """
 
 import dataclasses
@@ -49,6 +49,7 @@ class CacheOptions:
         on_error: `stop` at an unreadable image, or `skip` it and list it in REPORT.
         vae_dtype: precision of the encoder; `bfloat16` is faster and differs.
         timeout: seconds to wait for a process that reads images.
+        views: 2 for images and their mirror images, 1 for images alone.
     """
 
     data_path: str
@@ -63,6 +64,7 @@ class CacheOptions:
     on_error: str = "stop"
     vae_dtype: str = "float32"
     timeout: int = 600
+    views: int = VIEWS
 
 
 def _record_path(out: Path, number: int) -> Path:
@@ -200,18 +202,19 @@ class _Encoder:
     """
 
     def __init__(self, vae: VAE, options: CacheOptions):
-        self.vae, self.dtype = vae, options.dtype
+        self.vae, self.dtype, self.views = vae, options.dtype, options.views
         self.bf16 = options.vae_dtype == "bfloat16"
         self.compared = not self.bf16
         side = options.image_size // vae.factor
-        shape = (0, VIEWS, 2 * vae.latent_channels, side, side)
+        shape = (0, self.views, 2 * vae.latent_channels, side, side)
         self.none = np.empty(shape, dtype=stored_dtype(self.dtype))
 
     def __call__(self, images: Tensor) -> np.ndarray:
-        """Moments (B, 2, 2C, h, w) of images (B, 3, H, W) uint8 and their mirror images."""
+        """Moments (B, V, 2C, h, w) of the views of images (B, 3, H, W) uint8."""
         images = to_float(images.to(self.vae.device, non_blocking=True))
-        views = [self._moments(view) for view in (images, images.flip(-1))]
-        moments = torch.stack(views, dim=1).to(getattr(torch, self.dtype))
+        wanted = [images, images.flip(-1)][: self.views]
+        moments = torch.stack([self._moments(view) for view in wanted], dim=1)
+        moments = moments.to(getattr(torch, self.dtype))
         if not torch.isfinite(moments).all():
             raise UserError(
                 f"dtype: the VAE's moments do not fit {self.dtype}; try --dtype float32"

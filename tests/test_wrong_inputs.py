@@ -149,6 +149,7 @@ CACHE = """
 --cached-path out --data-path {images} --timeout 0 | --timeout: 0 is too small
 --cached-path out --data-path {images} --shard-size x | --shard-size: 'x' is not a whole number
 --cached-path out --data-path {images} --dtype int8 | --dtype: invalid choice: 'int8'
+--cached-path out --data-path {images} --views 3 | --views: invalid choice: 3
 --cached-path out --data-path {images} --on-error ignore | --on-error: invalid choice: 'ignore'
 --cached-path out --data-path {images} --device tpu | --device: invalid choice: 'tpu'
 --cached-path {cache} --data-path {images} --vae-path {vae} | --cached-path: {cache} is a finished c
@@ -166,6 +167,7 @@ CACHE = """
 --cached-path out --captions txt --text-encoder x --text-cached-path out | is --cached-path; a
 --cached-path out --captions txt --text-encoder x --text-cached-path t | --data-path: needed to wr
 {text_only} --img-size 16 | --img-size: has no effect with --text-only
+{text_only} --views 2 | --views: has no effect with --text-only
 {text_only} --captions words | --captions: unknown 'words'; allowed: txt, json, metadata,
 {text_only} --captions {nowhere}.jsonl | --captions: cannot read {nowhere}.jsonl: No such file
 {text_only} --captions {code} | allowed: txt, json, metadata, template, or the path of a .jso

@@ -59,6 +59,8 @@ def _check_same(options: CacheOptions, names: list[str]) -> None:
     wanted = {"vae_path": path, "image_size": options.image_size, "dtype": options.dtype}
     found = dataclasses.asdict(cache.manifest)
     others = [name for name, value in wanted.items() if found[name] != value]
+    if cache.views < options.views:
+        others.append("views")
     if not set(cache.names()) <= set(names):
         others.append("data_path")
     if others:

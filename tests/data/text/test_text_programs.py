@@ -81,6 +81,7 @@ def test_one_command_writes_both(both, monkeypatch):
     latents, text = both
     cache = TextCache(text)
     cache.check_images(LatentCache(latents))
+    assert LatentCache(latents).views == 1  # a mirrored image would contradict "left of"
     assert (len(cache), cache.captions, cache.sources) == (23, 7, ["text"])
     assert [cache.text(caption) for caption, _ in cache.choices(3)] == ["a red red red dog"]
     run_here(monkeypatch, "--verify", "--cached-path", latents, "--text-cached-path", text)
@@ -130,6 +131,7 @@ def test_the_same_command_goes_on_after_the_latents(
     for changes, named in (
         (["--img-size", "8"], "image_size"),
         (["--dtype", "float32"], "dtype"),
+        (["--views", "2"], "views"),
         (["--data-path", inputs[0] / "class0"], "data_path"),
     ):
         line = refusal(monkeypatch, capsys, *argv, *changes)
