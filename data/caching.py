@@ -20,9 +20,10 @@ from core.files import complete_file, sweep
 from core.locks import exclusive
 from core.logging import get_logger
 from data.encoding import KEPT, CacheOptions, encode_shards, read_record
-from data.images import CROP_RULE, ImageFolder
+from data.images import CROP_RULE, ImageSource
 from data.latents import LatentCache
 from data.manifest import KINDS, MANIFEST, Manifest
+from data.tars import open_images
 from data.vae import VAE
 
 PLAN = "unfinished.json"
@@ -34,8 +35,15 @@ REPORT = "unreadable.txt"
 log = get_logger("data.caching")
 
 
-def cache_latents(options: CacheOptions, processes: Processes) -> None:
+def cache_latents(
+    options: CacheOptions, processes: Processes, images: ImageSource | None = None
+) -> None:
     """Write the cache; every process calls this.
+
+    Args:
+        options: what to cache and how.
+        processes: that share the work.
+        images: those of `options.data_path`, where they have been looked up already.
 
     Raises:
         UserError: bad folder, VAE or image size, an unreadable image, a finished cache without
@@ -43,9 +51,9 @@ def cache_latents(options: CacheOptions, processes: Processes) -> None:
             died or hangs, or values beyond the range of `dtype`.
     """
     out = Path(options.cached_path)
-    if _is_finished(out, options):
+    if is_finished(options):
         raise ConfigError(_finished(out))
-    folder = ImageFolder(options.data_path, processes=processes)
+    folder = images or open_images(options.data_path, processes)
     with processes.main_first():
         vae = VAE(options.vae_path, processes.device)
     if options.image_size % vae.factor:
@@ -56,8 +64,9 @@ def cache_latents(options: CacheOptions, processes: Processes) -> None:
         _write(out, options, processes, vae, folder)
 
 
-def _is_finished(out: Path, options: CacheOptions) -> bool:
-    return (out / MANIFEST).exists() and not options.overwrite
+def is_finished(options: CacheOptions) -> bool:
+    """Whether the cache is there already, and is to stay."""
+    return (Path(options.cached_path) / MANIFEST).exists() and not options.overwrite
 
 
 def _finished(out: Path) -> str:
@@ -65,7 +74,7 @@ def _finished(out: Path) -> str:
 
 
 def _write(
-    out: Path, options: CacheOptions, processes: Processes, vae: VAE, folder: ImageFolder
+    out: Path, options: CacheOptions, processes: Processes, vae: VAE, folder: ImageSource
 ) -> None:
     """Write what is missing of the cache, whose folder is ours alone."""
     manifest = _describe(options, vae, folder)
@@ -98,7 +107,7 @@ def _write(
     processes.barrier()
 
 
-def _describe(options: CacheOptions, vae: VAE, folder: ImageFolder) -> Manifest:
+def _describe(options: CacheOptions, vae: VAE, folder: ImageSource) -> Manifest:
     """The manifest, still without its shards."""
     side = options.image_size // vae.factor
     return Manifest(
@@ -111,14 +120,15 @@ def _describe(options: CacheOptions, vae: VAE, folder: ImageFolder) -> Manifest:
         latent_shape=(vae.latent_channels, side, side),
         dtype=options.dtype,
         class_names=folder.class_names,
+        views=options.views,
     )
 
 
 def _prepare(
-    out: Path, options: CacheOptions, manifest: Manifest, folder: ImageFolder
+    out: Path, options: CacheOptions, manifest: Manifest, folder: ImageSource
 ) -> str | None:
     """Make the folder, or see that what lies in it can be gone on with; why not, if not."""
-    names = "\n".join(os.path.relpath(path, options.data_path) for path in folder.paths)
+    names = "\n".join(folder.name(index) for index in range(len(folder)))
     # Not `on_error`: who stopped at a bad image goes on with `skip`.
     plan = dataclasses.asdict(manifest) | {
         "images": hashlib.sha256(os.fsencode(names)).hexdigest(),
@@ -129,7 +139,7 @@ def _prepare(
     plan = json.loads(json.dumps(plan))
     try:
         sweep(out)
-        if _is_finished(out, options):  # by whoever wrote it while the images were looked through
+        if is_finished(options):  # by whoever wrote it while the images were looked through
             return _finished(out)
         if options.overwrite:
             _clear(out)

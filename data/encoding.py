@@ -2,7 +2,7 @@
 
 A shard that is done leaves a record, `done-00000.json`, beside its files.
 
-Shapes: B batch, C latent channels, h and w height and width of the latent.
+Shapes: B batch, V views of an image, C latent channels, h and w height and width of the latent.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from core.distributed import Processes
 from core.errors import UserError
 from core.files import complete_file
 from core.logging import get_logger, progress
-from data.images import ImageFolder, load_image, to_float
+from data.images import ImageSource, to_float
 from data.manifest import VIEWS, Shard, stored_dtype
 from data.vae import VAE
 from data.workers import next_of, steady
@@ -49,6 +49,7 @@ class CacheOptions:
         on_error: `stop` at an unreadable image, or `skip` it and list it in REPORT.
         vae_dtype: precision of the encoder; `bfloat16` is faster and differs.
         timeout: seconds to wait for a process that reads images.
+        views: 2 for images and their mirror images, 1 for images alone.
     """
 
     data_path: str
@@ -63,6 +64,7 @@ class CacheOptions:
     on_error: str = "stop"
     vae_dtype: str = "float32"
     timeout: int = 600
+    views: int = VIEWS
 
 
 def _record_path(out: Path, number: int) -> Path:
@@ -105,7 +107,7 @@ class _Batches(Dataset):
     A worker's exception would reach the main process as a traceback in the message's place.
     """
 
-    def __init__(self, folder: ImageFolder, size: int):
+    def __init__(self, folder: ImageSource, size: int):
         self.folder = folder
         self.size = size
 
@@ -113,7 +115,7 @@ class _Batches(Dataset):
         images, read, errors = [], [], []
         for index in indices:
             try:
-                images.append(load_image(self.folder.paths[index], self.size))
+                images.append(self.folder.load(index, self.size))
                 read.append(index)
             except UserError as error:
                 errors.append(" ".join(str(error).split()))
@@ -130,7 +132,7 @@ def encode_shards(
     options: CacheOptions,
     processes: Processes,
     vae: VAE,
-    folder: ImageFolder,
+    folder: ImageSource,
     shards: list[range],
     missing: list[int],
 ) -> int:
@@ -174,7 +176,7 @@ def encode_shards(
 
 
 def _loader(
-    options: CacheOptions, folder: ImageFolder, work: list[list[int]], processes: Processes
+    options: CacheOptions, folder: ImageSource, work: list[list[int]], processes: Processes
 ) -> DataLoader:
     """Reads the batches `work` of indices, in their order."""
     return DataLoader(
@@ -188,7 +190,7 @@ def _loader(
     )
 
 
-def _reading(folder: ImageFolder, indices: list[int]) -> str:
+def _reading(folder: ImageSource, indices: list[int]) -> str:
     return f"{folder.paths[indices[0]]} ... {os.path.basename(folder.paths[indices[-1]])}"
 
 
@@ -200,18 +202,19 @@ class _Encoder:
     """
 
     def __init__(self, vae: VAE, options: CacheOptions):
-        self.vae, self.dtype = vae, options.dtype
+        self.vae, self.dtype, self.views = vae, options.dtype, options.views
         self.bf16 = options.vae_dtype == "bfloat16"
         self.compared = not self.bf16
         side = options.image_size // vae.factor
-        shape = (0, VIEWS, 2 * vae.latent_channels, side, side)
+        shape = (0, self.views, 2 * vae.latent_channels, side, side)
         self.none = np.empty(shape, dtype=stored_dtype(self.dtype))
 
     def __call__(self, images: Tensor) -> np.ndarray:
-        """Moments (B, 2, 2C, h, w) of images (B, 3, H, W) uint8 and their mirror images."""
+        """Moments (B, V, 2C, h, w) of the views of images (B, 3, H, W) uint8."""
         images = to_float(images.to(self.vae.device, non_blocking=True))
-        views = [self._moments(view) for view in (images, images.flip(-1))]
-        moments = torch.stack(views, dim=1).to(getattr(torch, self.dtype))
+        wanted = [images, images.flip(-1)][: self.views]
+        moments = torch.stack([self._moments(view) for view in wanted], dim=1)
+        moments = moments.to(getattr(torch, self.dtype))
         if not torch.isfinite(moments).all():
             raise UserError(
                 f"dtype: the VAE's moments do not fit {self.dtype}; try --dtype float32"
@@ -231,7 +234,7 @@ class _Encoder:
 
 def _write_shard(
     options: CacheOptions,
-    folder: ImageFolder,
+    folder: ImageSource,
     number: int,
     moments: np.ndarray,
     read: list[int],
@@ -239,7 +242,7 @@ def _write_shard(
 ) -> None:
     """The shard's files, then its record."""
     out = Path(options.cached_path)
-    names = [os.path.relpath(folder.paths[i], options.data_path) for i in read]
+    names = [folder.name(index) for index in read]
     try:
         shard = Shard.write(out, number, moments, folder.labels[read], names)
         with complete_file(_record_path(out, number)) as temporary:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +29,30 @@ PATIENCE = 2.0
 """Seconds of looking through folders before progress is shown."""
 
 log = get_logger("data.images")
+
+
+class ImageSource(Protocol):
+    """Numbered images with classes.
+
+    Attributes:
+        class_names: name of each label.
+        paths: of every image, class after class, for messages.
+        labels: (N,) int64, label of each image.
+    """
+
+    class_names: list[str]
+    paths: list[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """Path of an image below where they all lie."""
+        ...
+
+    def load(self, index: int, size: int) -> Tensor:
+        """Image (3, size, size) of a number; see `load_image`."""
+        ...
 
 
 class ImageFolder:
@@ -62,7 +87,7 @@ class ImageFolder:
         suffixes: tuple[str, ...] = SUFFIXES,
         processes: Processes | None = None,
     ):
-        root = Path(root)
+        self.root = root = Path(root)
         if not root.is_dir():
             raise UserError(f"image folder: {root} is not a folder")
         scan = _Scan(root, suffixes)
@@ -90,6 +115,14 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """Path of an image below `root`."""
+        return os.path.relpath(self.paths[index], self.root)
+
+    def load(self, index: int, size: int) -> Tensor:
+        """Image (3, size, size) of a number; see `load_image`."""
+        return load_image(self.paths[index], size)
 
 
 class _Scan:
@@ -151,7 +184,12 @@ class _Scan:
             )
 
     def _is_image(self, name: str) -> bool:
-        return os.path.splitext(name)[1].lower() in self.suffixes
+        return suffix_of(name) in self.suffixes
+
+
+def suffix_of(name: str) -> str:
+    """The ending of a file's name from the last dot, in small letters."""
+    return os.path.splitext(name)[1].lower()
 
 
 def _identity(folder: Path | os.DirEntry) -> tuple[int, int]:
@@ -186,7 +224,7 @@ class ImageDataset(Dataset):
         return len(self.folder)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image = load_image(self.folder.paths[index], self.size)
+        image = self.folder.load(index, self.size)
         return to_float(image), int(self.folder.labels[index]), index
 
 
@@ -195,17 +233,22 @@ def to_float(image: Tensor) -> Tensor:
     return image.float() / 127.5 - 1.0
 
 
-def load_image(path: str | Path, size: int) -> Tensor:
+def load_image(path: str | Path, size: int, file: BinaryIO | None = None) -> Tensor:
     """The square image (3, size, size), uint8 RGB, cropped by `center_crop`.
 
     Grey, palette and CMYK images become RGB, 16-bit values keep their high byte, transparent
     pixels show white. Orientation tags are ignored, as in the published ImageNet pipelines.
 
+    Args:
+        path: of the file.
+        size: side of the square, in pixels.
+        file: the file's contents, where they lie in another one.
+
     Raises:
         UserError: the file is missing, truncated or no image.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file or path) as image:
             square = center_crop(_to_rgb(image), size)
     # Pillow's decoders raise nearly anything on a damaged file (SyntaxError, struct.error, ...).
     except Exception as error:

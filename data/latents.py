@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.logging import progress
-from data.manifest import KINDS, VIEWS, read_manifest, shard_path, stored_dtype
+from data.manifest import KINDS, read_manifest, shard_path, stored_dtype
 from data.mapped import mapped
 
 FIELD = "data.cached_path"
@@ -33,6 +33,7 @@ class Moments(Protocol):
         latent_shape: (C, h, w).
         class_names: name of each label.
         shards: (first, last + 1) of images that lie together, for reading in that order.
+        views: 2, or 1 where there are no mirrored images.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Moments(Protocol):
     latent_shape: tuple[int, int, int]
     class_names: list[str]
     shards: list[tuple[int, int]]
+    views: int
 
     def __len__(self) -> int: ...
 
@@ -85,6 +87,7 @@ class LatentCache:
         self.image_size = manifest.image_size
         self.latent_shape = tuple(manifest.latent_shape)
         self.class_names = manifest.class_names
+        self.views = manifest.views
         self._ends = np.cumsum([shard.count for shard in manifest.shards])
         self._open: dict[int, _OpenShard] = {}
 
@@ -131,15 +134,21 @@ class LatentCache:
         """Posterior moments (B, 2C, h, w), in the dtype of the cache, of `indices` in `views`.
 
         Raises:
-            UserError: naming a file whose bytes are not what was written.
+            UserError: naming a file whose bytes are not what was written; a mirrored view of a
+                cache that has none.
         """
         index, view = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
+        if view.max(initial=0) >= self.views:
+            raise UserError(
+                f"{FIELD}: {self.path} holds no mirrored images; set data.horizontal_flip false, "
+                "or make the cache again with --views 2"
+            )
         channels, height, width = self.latent_shape
         dtype = self.manifest.dtype
         # numpy, since it copies rows as blocks: three times as fast as torch's index_select.
         out = np.empty((len(index), 2 * channels * height * width), stored_dtype(dtype))
         for number, rows, inside in self._by_shard(index):
-            out[rows] = self._shard(number).read(inside * VIEWS + view[rows])
+            out[rows] = self._shard(number).read(inside * self.views + view[rows])
         moments = torch.from_numpy(out).view(getattr(torch, dtype))
         return moments.view(-1, 2 * channels, height, width)
 
@@ -173,7 +182,7 @@ class _OpenShard:
     """The mapped files of one shard.
 
     Attributes:
-        moments: (2n, 2C h w), the views of an image one after the other.
+        moments: (V n, 2C h w), the V views of an image one after the other.
         labels: (n,).
     """
 
@@ -184,12 +193,13 @@ class _OpenShard:
         for kind in ("labels", "checks"):
             shard.check_contents(folder, kind)
         self.path = shard_path(folder, "moments", shard.number)
-        shape = (shard.count, VIEWS, 2 * channels, height, width)
-        self.moments = mapped(self.path, shape, dtype, FIELD).reshape(VIEWS * shard.count, -1)
+        self.views = manifest.views
+        shape = (shard.count, self.views, 2 * channels, height, width)
+        self.moments = mapped(self.path, shape, dtype, FIELD).reshape(self.views * shard.count, -1)
         labels, checks = (shard_path(folder, kind, shard.number) for kind in ("labels", "checks"))
         self.labels = mapped(labels, (shard.count,), np.dtype(np.int64), FIELD)
-        self.checks = mapped(checks, (shard.count, VIEWS), np.dtype(np.uint32), FIELD).ravel()
-        self.checked = np.zeros(VIEWS * shard.count, dtype=bool)
+        self.checks = mapped(checks, shape[:2], np.dtype(np.uint32), FIELD).ravel()
+        self.checked = np.zeros(len(self.checks), dtype=bool)
 
     def read(self, places: np.ndarray) -> np.ndarray:
         """Rows of `moments`, each compared with its checksum when it is read first."""
@@ -199,7 +209,7 @@ class _OpenShard:
             if zlib.crc32(rows[new]) != self.checks[place]:
                 raise UserError(
                     f"data.cached_path: {self.path} changed since it was written, at image "
-                    f"{place // VIEWS} of it; make the cache again"
+                    f"{place // self.views} of it; make the cache again"
                 )
             self.checked[place] = True
         return rows
@@ -232,6 +242,7 @@ class JoinedCaches:
         self.parts = list(parts)
         self.path = ", ".join(part.path for part in parts)
         self.vae_path = first.vae_path
+        self.views = min(part.views for part in parts)
         for name in self.SAME:
             setattr(self, name, getattr(first, name))
         self._ends = np.cumsum([len(part) for part in parts])

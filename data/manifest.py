@@ -2,20 +2,20 @@
 
 A cache is a folder with `manifest.json` and numbered files of a fixed number of images each:
 
-    moments-00000.npy   (n, 2, 2C, h, w) float16, float32, or bfloat16 as uint16
-    checks-00000.npy    (n, 2) uint32, CRC-32 of each (2C, h, w) above
+    moments-00000.npy   (n, V, 2C, h, w) float16, float32, or bfloat16 as uint16
+    checks-00000.npy    (n, V) uint32, CRC-32 of each (2C, h, w) above
     labels-00000.npy    (n,) int64
     names-00000.txt     n lines, the images' paths below the folder that they came from
 
-The second axis holds the two views of an image, as it is and mirrored (encoded from the mirrored
-image); 2C are the C channels of the posterior's mean, then the C of its log-variance, neither
-shifted nor scaled. The manifest is written last: a folder without it is not a cache.
+The second axis holds the views of an image, as it is and, where V is 2, mirrored (encoded from the
+mirrored image); 2C are the C channels of the posterior's mean, then the C of its log-variance,
+neither shifted nor scaled. The manifest is written last: a folder without it is not a cache.
 
 Files are .npy, which anything reads. Mapped into memory, .npy and safetensors are the same bytes
 behind a header; slices that safetensors reads itself, row by row, come a sixth as fast
 (`python -m benchmarks.latent_loader`).
 
-Shapes: C latent channels, h and w height and width of the latent.
+Shapes: V views, C latent channels, h and w height and width of the latent.
 """
 
 import json
@@ -33,6 +33,7 @@ from core.files import complete_file, file_hash
 
 VERSION = 2
 VIEWS = 2
+"""Of an image that is mirrored half of the time; without mirroring, a cache may hold one alone."""
 DTYPES = ("float16", "bfloat16", "float32")
 MANIFEST = "manifest.json"
 KINDS = {"moments": "npy", "checks": "npy", "labels": "npy", "names": "txt"}
@@ -66,14 +67,14 @@ class Shard:
         Args:
             folder: of the cache.
             number: of the shard.
-            moments: (n, 2, 2C, h, w), of a `stored_dtype`.
+            moments: (n, V, 2C, h, w), of a `stored_dtype`.
             labels: (n,) int64.
             names: n paths.
         """
         checks = np.array(
             [[zlib.crc32(np.ascontiguousarray(view)) for view in image] for image in moments],
             dtype=np.uint32,
-        ).reshape(-1, VIEWS)
+        ).reshape(moments.shape[:2])
         for kind, values in (("moments", moments), ("checks", checks), ("labels", labels)):
             path = shard_path(folder, kind, number)
             with complete_file(path) as temporary, temporary.open("wb") as file:
@@ -162,6 +163,7 @@ class Manifest:
         class_names: name of each label.
         count: images.
         shards: files, in the order of the images.
+        views: V, one of 1 and VIEWS.
         version: of this contract.
     """
 
@@ -176,6 +178,7 @@ class Manifest:
     class_names: list[str]
     count: int = 0
     shards: list[Shard] = field(default_factory=list)
+    views: int = VIEWS
     version: int = VERSION
 
     def write(self, folder: Path) -> None:
@@ -185,7 +188,7 @@ class Manifest:
 
     def bytes_of(self, images: int) -> int:
         """Size of the moments of so many images."""
-        values = images * VIEWS * 2 * int(np.prod(self.latent_shape))
+        values = images * self.views * 2 * int(np.prod(self.latent_shape))
         return values * getattr(torch, self.dtype).itemsize
 
 
@@ -226,7 +229,7 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_types(manifest: Manifest) -> None:
     kinds = {
         **dict.fromkeys(("vae_path", "vae_hash", "crop", "dtype"), (str,)),
-        **dict.fromkeys(("image_size", "count"), (int,)),
+        **dict.fromkeys(("image_size", "count", "views"), (int,)),
         **dict.fromkeys(("scaling_factor", "shift_factor"), (int, float)),
     }
     for name, allowed in kinds.items():
@@ -248,6 +251,8 @@ def _check(manifest: Manifest) -> None:
     _check_types(manifest)
     if manifest.dtype not in DTYPES:
         raise ValueError(f"dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}")
+    if not 1 <= manifest.views <= VIEWS:
+        raise ValueError(f"views {manifest.views} is neither 1 nor {VIEWS}")
     if len(manifest.latent_shape) != 3 or min(manifest.latent_shape) < 1:
         raise ValueError(f"latent_shape {manifest.latent_shape} is not [C, h, w]")
     if not 0 < manifest.scaling_factor < math.inf:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from core.distributed import Processes
 from core.errors import UserError
-from data.images import ImageFolder, load_image, to_float
+from data.images import ImageFolder, to_float
 from data.vae import VAE, PixelSpace
 
 
@@ -60,8 +60,7 @@ class Images:
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Cropped images (B, 3, H, W) uint8."""
-        paths = (self.folder.paths[index] for index in indices)
-        return torch.stack([load_image(path, self.image_size) for path in paths])
+        return torch.stack([self.folder.load(index, self.image_size) for index in indices])
 
     def labels(self, indices: Sequence[int]) -> Tensor:
         """Labels (B,) int64."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from core.distributed import Processes
 from core.errors import UserError
 from data.images import ImageFolder
+from data.manifest import VIEWS
 from data.vae import VAE
 
 CONTENTS = ("posterior", "scaled_posterior", "latent", "scaled_latent")
@@ -45,6 +46,7 @@ class PublishedCache:
 
     vae_hash = None
     image_size = None
+    views = VIEWS
 
     def __init__(self, path: str, contents: str, vae: VAE, processes: Processes | None = None):
         self.path, self.contents = path, contents

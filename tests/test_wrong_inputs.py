@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_encoders import write_encoder
 
 from evaluations.scene_finder import Finder, save_finder
 
@@ -151,6 +152,7 @@ CACHE = """
 --cached-path out --data-path {images} --timeout 0 | --timeout: 0 is too small
 --cached-path out --data-path {images} --shard-size x | --shard-size: 'x' is not a whole number
 --cached-path out --data-path {images} --dtype int8 | --dtype: invalid choice: 'int8'
+--cached-path out --data-path {images} --views 3 | --views: invalid choice: 3
 --cached-path out --data-path {images} --on-error ignore | --on-error: invalid choice: 'ignore'
 --cached-path out --data-path {images} --device tpu | --device: invalid choice: 'tpu'
 --cached-path {cache} --data-path {images} --vae-path {vae} | --cached-path: {cache} is a finished c
@@ -158,6 +160,44 @@ CACHE = """
 --cached-path {nowhere} --verify | --cached-path: {nowhere} is not a finished cache
 --cached-path {wrong_count} --verify | --cached-path: {wrong_count}/manifest.json is damaged
 --cached-path {cut_shard} --verify | --cached-path: {cut_shard}/moments-00001.npy has
+--cached-path {cache} --verify --text-cached-path {nowhere} | --text-cached-path: {nowhere} is not a
+--cached-path {cache} --verify --text-cached-path {cache} | is a cache of latents, not of captions
+--cached-path out --data-path {images} --text-encoder {text_encoder} | --text-encoder: has no effect
+--cached-path {cache} --text-only | --text-only: has no effect here; it needs --captions
+--cached-path out --data-path {images} --caption-key text | --caption-key: has no effect here; it n
+--cached-path out --captions txt --text-cached-path t | --text-encoder: needed to cache captions
+--cached-path out --captions txt --text-encoder {text_encoder} | --text-cached-path: needed to cache
+--cached-path out --captions txt --text-encoder x --text-cached-path out | is --cached-path; a
+--cached-path out --captions txt --text-encoder x --text-cached-path t | --data-path: needed to wr
+{text_only} --img-size 16 | --img-size: has no effect with --text-only
+{text_only} --views 2 | --views: has no effect with --text-only
+{text_only} --captions words | --captions: unknown 'words'; allowed: txt, json, metadata,
+{text_only} --captions {nowhere}.jsonl | --captions: cannot read {nowhere}.jsonl: No such file
+{text_only} --captions {code} | allowed: txt, json, metadata, template, or the path of a .jso
+{text_only} --captions txt | --data-path: captions 'txt' lie in the image folder, which is to be nam
+{text_only} --captions txt --data-path {images} | has no captions, {images}/class0/00.txt is missing
+{text_only} --captions metadata --data-path {images} | {images} has neither metadata.jsonl nor
+{text_only} --captions {captions}/cut.jsonl | {captions}/cut.jsonl line 2: no JSON
+{text_only} --captions {captions}/cut.jsonl --path-key img | no 'img', which should name the image
+{text_only} --captions {captions}/few.jsonl | 22 of 23 images have no caption in
+{text_only} --captions {captions}/few.jsonl --caption-key words | no caption at 'words'; its keys:
+{text_only} --captions {captions}/empty.jsonl | line 1: 'text' is an empty caption
+{text_only} --caption-template dog | --caption-template: 'dog' needs one {{}} where the name of the
+{text_only} --text-encoder {nowhere} | --text-encoder: '{nowhere}' is not a folder
+{text_only} --text-encoder {empty} | --text-encoder: {empty} holds no model
+{text_only} --text-encoder {pickled} | has no safetensors, only pytorch_model.bin, which is never
+{text_only} --text-encoder {vae} | --text-encoder: {vae} has no safetensors
+{text_only} --text-encoder {wordless} | --text-encoder: {wordless} has no tokenizer
+{text_only} --text-dtype float16 | --text-dtype: invalid choice: 'float16'
+{text_only} --text-max-length 0 | --text-max-length: 0 is too small
+{text_only} --text-max-length 13 | --text-max-length: 13 is more than the 12 positions of
+{text_only} --text-max-length 2 | --text-max-length: 2 leaves no room beside the 2 special tokens
+{text_only} --text-layer 3 | --text-layer: 3 is no layer of {text_encoder}, which has 2
+{text_only} --text-layer last | --text-layer: invalid int value: 'last'
+{text_only} --text-batch-size 0 | --text-batch-size: 0 is too small
+{text_only} --text-cached-path {cache} | --text-cached-path: is --cached-path
+{text_only} --cached-path {nowhere} | --cached-path: {nowhere} is not a finished cache
+{text_only} --text-cached-path {text}/x | --text-cached-path: cannot make {text}/x: Not a directory
 """
 
 SAMPLE = """
@@ -305,6 +345,13 @@ data.tiny_vae --data {nowhere} --val {images} --out out | image folder: {nowhere
 data.tiny_vae --data {images} --val {empty} --out out | image folder: {empty} has no class folders
 data.tiny_vae --data {broken} --val {images} --out out | image: cannot read {broken}/a/x.png
 data.tiny_vae --data {images} --val {images} --out {hollow} | --out: {hollow} exists and holds no VA
+data.tiny_text --captions {captions}/few.jsonl | required: --out
+data.tiny_text --captions {captions}/few.jsonl --out out --steps 0 | --steps: 0 is too small
+data.tiny_text --captions {captions}/few.jsonl --out out --lr 0 | --lr: 0 is too small; above 0
+data.tiny_text --captions {nowhere}.jsonl --out out | --captions: cannot read {nowhere}.jsonl: No
+data.tiny_text --captions {text} --out out | --captions: {text} is no .jsonl or .csv file
+data.tiny_text --captions {captions}/cut.jsonl --out out | --captions: {captions}/cut.jsonl line 2
+data.tiny_text --captions {captions}/few.jsonl --out {hollow} | exists and holds no text encoder
 data.convert_cache --out out | required: --from, --contents, --img-size
 data.convert_cache --from {images} --out out --contents pixels --img-size 16 | --contents: invalid c
 data.convert_cache --from {nowhere} {to} | image folder: {nowhere} is not a folder
@@ -388,6 +435,11 @@ FILES = {
     "no_task.jsonl": b'{"tag": "colour", "correct": true, "metadata": "{}"}\n',
     "by_classes/set.json": b'{"checkpoint_sha256": "", "set_sha256": "", "config": {}}',
     "captioned/metadata.jsonl": b'{"file_name": "metadata.jsonl", "text": "a one"}',
+    "captions/cut.jsonl": b'{"file_name": "class0/00.png", "text": "a dog"}\n{"file',
+    "captions/few.jsonl": b'{"file_name": "class0/00.png", "text": "a dog"}\n',
+    "captions/empty.jsonl": b'{"file_name": "class0/00.png", "text": " "}\n',
+    "pickled/config.json": b'{"model_type": "bert"}',
+    "pickled/pytorch_model.bin": b"",
 }
 
 
@@ -427,6 +479,13 @@ def inputs(tmp_path_factory, cache_folder, vae_folder, image_root, tiny_config, 
     names["small"] = f"--config {tiny_config} --device cpu"
     names["inception"] = " ".join(map(str, scoring[2:]))
     names["nowhere"] = root / "nowhere"
+    names |= {"text_encoder": write_encoder(root / "encoder"), "wordless": root / "wordless"}
+    shutil.copytree(root / "encoder", root / "wordless")
+    (root / "wordless" / "tokenizer.json").unlink()
+    flags = {"--cached-path": cache_folder, "--text-encoder": root / "encoder", "--device": "cpu"}
+    flags |= {"--captions": "template", "--text-cached-path": "t", "--text-max-length": 12}
+    words = (f"{flag} {value}" for flag, value in flags.items())
+    names["text_only"] = " ".join(["--text-only", *words])
     names["to"] = f"--contents latent --img-size 16 --out out --vae-path {vae_folder}"
     return names, root
 

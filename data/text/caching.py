@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from core.distributed import Processes
 from core.errors import ConfigError, UserError
@@ -73,16 +74,21 @@ def cache_text(options: TextOptions, processes: Processes) -> None:
     names = LatentCache(options.cached_path).names()
     captions = read_captions(options.captions, names)
     with processes.main_first():
-        encoder = TextEncoder(
-            options.text_encoder,
-            options.max_length,
-            layer=options.layer,
-            prefix=options.prefix,
-            dtype=options.dtype,
-            device=processes.device,
-        )
+        encoder = open_encoder(options, processes.device)
     with exclusive(out, FIELD, processes):
         _write(out, options, processes, encoder, captions, names)
+
+
+def open_encoder(options: TextOptions, device: str | torch.device) -> TextEncoder:
+    """The encoder that is asked for."""
+    return TextEncoder(
+        options.text_encoder,
+        options.max_length,
+        layer=options.layer,
+        prefix=options.prefix,
+        dtype=options.dtype,
+        device=device,
+    )
 
 
 def check_unfinished(out: Path, overwrite: bool) -> None:

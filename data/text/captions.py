@@ -14,14 +14,17 @@ import numpy as np
 
 from core.errors import ConfigError
 from core.logging import get_logger
-from data.images import SUFFIXES
+from data.images import SUFFIXES, suffix_of
+from data.tars import TAR, TarFiles, folder_of, tar_files
 from data.text.tables import SUFFIXES as TABLES
-from data.text.tables import Keys, captions_of, entries
+from data.text.tables import Keys, captions_of, entries, parse_entry
 
-KINDS = ("txt", "metadata", "template")
+KINDS = ("txt", "json", "metadata", "template")
 """Values of `--captions` besides the path of a table."""
 
 FIELD = "data.captions"
+BESIDE = ("txt", "json")
+"""Kinds that are files beside the images: a caption on each line, or a mapping."""
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 log = get_logger("data.text.captions")
@@ -37,8 +40,9 @@ class CaptionOptions:
     Attributes:
         captions: one of KINDS, or the path of a .jsonl or .csv file with an entry for each image
             or each caption.
-        data_path: image folder that names are relative to; None where there is none at hand.
-        path_key: key of an entry's image.
+        data_path: image folder, or tar files, that names are relative to; None where there is none
+            at hand.
+        path_key: key of an entry's image, in a table.
         caption_keys: keys of its captions, each a source of its own; none: `text` or `caption`,
             whichever the first entry has.
         template: with `{}` where the name of an image's class folder goes.
@@ -104,10 +108,9 @@ def read_captions(options: CaptionOptions, names: Sequence[str]) -> Captions:
     if kind == "template":
         return Captions(_from_template(options.template, names))
     if kind in KINDS:
-        root = _root(options)
-        if kind == "txt":
-            return Captions(_from_files(root, names))
-        tables = _metadata(root, names)
+        if kind in BESIDE:
+            return Captions(_beside(options, names))
+        tables = _metadata(_root(options), names)
     else:
         if Path(kind).suffix.lower() not in TABLES:
             raise ConfigError(
@@ -124,7 +127,7 @@ def _root(options: CaptionOptions) -> Path:
             f"data.data_path: captions {options.captions!r} lie in the image folder, which is to "
             "be named"
         )
-    return Path(options.data_path)
+    return folder_of(options.data_path)
 
 
 def _from_template(template: str, names: Sequence[str]) -> Found:
@@ -135,30 +138,45 @@ def _from_template(template: str, names: Sequence[str]) -> Found:
         )
     for name in names:
         folder, slash, _ = name.partition("/")
-        if not slash:
+        if not slash or folder.lower().endswith(TAR):
             raise ConfigError(
                 f"{FIELD}: {name} lies in no class folder, whose name a template needs"
             )
         yield [(f"{before}{folder.replace('_', ' ')}{after}".strip(), "template")]
 
 
-def _from_files(root: Path, names: Sequence[str]) -> Found:
+def _beside(options: CaptionOptions, names: Sequence[str]) -> Found:
+    """Captions of files of the images' names, in folders or in tar files."""
+    kind, root = options.captions, _root(options)
+    in_tars = tar_files(options.data_path)
+    read = TarFiles(options.data_path).read if in_tars else lambda name: (root / name).read_bytes()
+    keys = Keys(options.path_key, options.caption_keys)
     for name in names:
-        stem, suffix = os.path.splitext(name)
-        path = root / f"{stem if suffix.lower() in SUFFIXES else name}.txt"
+        stem = name[: -len(suffix_of(name))] if suffix_of(name) in SUFFIXES else name
+        path = root / f"{stem}.{kind}"
         try:
-            lines = path.read_text(encoding="utf-8").rstrip().split("\n")
+            content = read(f"{stem}.{kind}")
         except FileNotFoundError:
             raise ConfigError(f"{FIELD}: {name} has no captions, {path} is missing") from None
         except OSError as error:
             raise ConfigError(f"{FIELD}: cannot read {path}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise ConfigError(f"{FIELD}: {path} line {line}: not UTF-8") from error
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                raise ConfigError(f"{FIELD}: {path} line {number}: an empty caption")
-        yield [(line.strip(), "txt") for line in lines]
+        if kind == "txt":
+            yield [(text, kind) for text in _lines(content, path)]
+        else:
+            entry = parse_entry(content, str(path))
+            yield captions_of(entry, keys.captions(entry, str(path)), str(path))
+
+
+def _lines(content: bytes, path: Path) -> list[str]:
+    try:
+        lines = content.decode("utf-8").rstrip().split("\n")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{FIELD}: {path} line {line}: not UTF-8") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise ConfigError(f"{FIELD}: {path} line {number}: an empty caption")
+    return [line.strip() for line in lines]
 
 
 def _metadata(root: Path, names: Sequence[str]) -> list[Path]:
@@ -211,6 +229,7 @@ def _name(path: str, table: Path, root: str | None) -> str:
     does; any other one from the image folder.
     """
     if root is not None:
+        root = str(folder_of(root))
         if os.path.isabs(path):
             return os.path.relpath(path, os.path.abspath(root))
         within = os.path.relpath(table.parent.absolute(), os.path.abspath(root))

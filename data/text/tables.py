@@ -40,13 +40,22 @@ def _lines(file: Iterable[bytes], path: Path) -> Iterator[tuple[str, dict]]:
         place = f"{path} line {number}"
         if not line.strip():
             raise ConfigError(f"{FIELD}: {place}: empty; wanted: an entry in JSON")
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{FIELD}: {place}: no JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise ConfigError(f"{FIELD}: {place}: no mapping of keys: {line.strip()[:60]}")
-        yield place, entry
+        yield place, parse_entry(line, place)
+
+
+def parse_entry(content: str | bytes, place: str) -> dict:
+    """A mapping in JSON.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        entry = json.loads(content)
+    except ValueError as error:
+        raise ConfigError(f"{FIELD}: {place}: no JSON: {error}") from error
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{FIELD}: {place}: no mapping of keys: {str(entry)[:60]}")
+    return entry
 
 
 def _rows(file: Iterable[bytes], path: Path) -> Iterator[tuple[str, dict]]:

@@ -1,9 +1,11 @@
 """Writing a cache: refusals, what is left behind, and bytes for any number of processes."""
 
 import collections
+import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from PIL import Image
 from core.errors import UserError
 from data.caching import verify_cache
 from data.images import ImageFolder, load_image, to_float
-from data.latents import LatentCache
+from data.latents import JoinedCaches, LatentCache
 from data.manifest import KINDS, MANIFEST
 from data.vae import VAE
 
@@ -320,6 +322,37 @@ def test_bfloat16_cache(make_cache, cache_folder, tmp_path):
     moments = cache.moments(indices, views)
     assert moments.dtype == torch.bfloat16
     assert torch.equal(moments, exact.moments(indices, views).bfloat16())
+
+
+def test_one_view_is_the_image_as_it_is(make_cache, cache_folder, tmp_path):
+    out = make_cache(tmp_path / "one", views=1)
+    one, two = LatentCache(out), LatentCache(cache_folder)
+    assert (one.views, two.views) == (1, 2)
+    indices = [*range(23), 3]
+    assert torch.equal(one.moments(indices, [0] * 24), two.moments(indices, [0] * 24))
+    assert 2 * one.manifest.bytes_of(23) == two.manifest.bytes_of(23)
+    with pytest.raises(UserError, match=f"{out} holds no mirrored images; set data.horizontal_fl"):
+        one.moments([1, 2], [0, 1])
+    one.verify()
+    flipped = out / "moments-00001.npy"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"moments-00001\.npy changed .*, at image 9 of it"):
+        LatentCache(out).moments([19], [0])
+    assert JoinedCaches([two, one]).views == 1
+    manifest = json.loads((out / MANIFEST).read_text())
+    (out / MANIFEST).write_text(json.dumps(manifest | {"views": 3}))
+    with pytest.raises(UserError, match="is damaged: views 3 is neither 1 nor 2"):
+        LatentCache(out)
+
+
+def test_manifests_from_before_views_have_two(cache_folder, tmp_path):
+    shutil.copytree(cache_folder, tmp_path / "old")
+    manifest = json.loads((cache_folder / MANIFEST).read_text())
+    del manifest["views"]
+    (tmp_path / "old" / MANIFEST).write_text(json.dumps(manifest))
+    old, new = LatentCache(tmp_path / "old"), LatentCache(cache_folder)
+    assert old.manifest == new.manifest
+    assert torch.equal(old.moments([4, 5], [0, 1]), new.moments([4, 5], [0, 1]))
 
 
 def test_encoder_in_bfloat16_says_how_far_it_is(make_cache, tmp_path, caplog):

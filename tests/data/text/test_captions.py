@@ -180,7 +180,7 @@ def test_bad_lines_of_csv(tmp_path, content, said):
 
 def test_what_cannot_be_asked_for(tmp_path):
     for kind, options, said in (
-        ("words", {}, "data.captions: unknown 'words'; allowed: txt, metadata, template, or the"),
+        ("words", {}, "data.captions: unknown 'words'; allowed: txt, json, metadata, template, or"),
         ("txt", {}, "data.data_path: captions 'txt' lie in the image folder, which is to be named"),
         ("template", {"template": "a dog"}, "data.captions_template: 'a dog' needs one {} where"),
         ("template", {"template": "{} {}"}, "'{} {}' needs one {} where the name"),

@@ -1,0 +1,205 @@
+"""Sets of images by prompts: noise, blocks, records, layouts, negative prompts, refusals."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_encoders import write_encoder
+
+from core.conditions import Condition
+from core.distributed import Processes
+from core.errors import ConfigError, UserError
+from data.vae import VAE, to_uint8
+from evaluations.sampled import flags_parser, sample_and_score
+from models.pretrained import load_pretrained
+from sampling.captioned import captioned_grid
+from sampling.generate import Sampler
+from sampling.prompts import text_encoder_of
+from sampling.sets import read_set
+from sampling.wanted import ByPrompt
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+PROMPTS = ["a red dog", "two green cat", "one cat and a dog"]
+
+
+@pytest.fixture
+def sample(trained_t2i, tmp_path):
+    """A call that samples by flags; the set's folder."""
+
+    def call(*more, ckpt=trained_t2i, folder="samples"):
+        common = ["--ckpt", ckpt, "--device", "cpu", "--sample-dir", tmp_path / folder]
+        argv = [str(a) for a in (*common, "--per-proc-batch-size", 4, *more)]
+        return sample_and_score(flags_parser().parse_args(argv), ALONE).parent
+
+    return call
+
+
+def prompts_file(folder, lines=PROMPTS, name="prompts.txt"):
+    path = folder / name
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def images_of(folder):
+    with np.load(folder / "samples.npz") as archive:
+        return archive["arr_0"], archive["labels"]
+
+
+def test_noise_is_of_prompt_and_number_and_text_that_of_the_prompt(sample, trained_t2i, tmp_path):
+    folder = sample("--prompts", prompts_file(tmp_path), "--num-per-prompt", 2, "--capacity")
+    images, groups = images_of(folder)
+    assert groups.tolist() == [0, 0, 1, 1, 2, 2]
+    _, record = read_set(folder)
+    assert record["prompts"] == PROMPTS
+    assert record["num_per_prompt"] == 2
+    assert record["text"]["max_length"] == 12
+    assert len(record["text"]["encoder_hash"]) == 64
+    loaded = load_pretrained(trained_t2i)
+    encoder = text_encoder_of(loaded)
+    keys = [(0, 0), (0, 1), (1, 0), (1, 1)]  # the first block, of four
+    rows = encoder.encode(PROMPTS[:2])
+    cond = Condition.of_rows([rows[prompt] for prompt, _ in keys], 12)
+    latents, _ = Sampler.of(loaded, seed=0).latents(keys, cond)
+    wanted = to_uint8(VAE(loaded.config.data.vae_path).decode(latents)).numpy()
+    assert abs(images[:4].astype(int) - wanted).max() <= 1  # threads of the two may differ
+    with np.load(folder / "capacity.npz") as recorded:
+        assert recorded["samples"].shape[-1] == 3
+        assert (recorded["samples"][:, 0] == 2).all()
+
+
+def test_one_prompt_after_the_other_is_as_in_a_file(sample, tmp_path):
+    flags = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    one = images_of(sample(*flags, "--num-per-prompt", 2, folder="one"))[0]
+    listed = "--prompts", prompts_file(tmp_path), "--num-per-prompt", 2
+    assert np.array_equal(one, images_of(sample(*listed))[0])
+    more = images_of(sample(*listed, "--global-seed", 1, folder="seed"))[0]
+    assert not np.array_equal(one, more)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(sample, trained_t2i):
+    asked = "--prompt", PROMPTS[0], "--num-per-prompt", 4
+    plain = sample(*asked)
+    negative = sample(*asked, "--negative-prompt", "two green cat")
+    assert negative != plain
+    assert read_set(negative)[1]["negative_prompt"] == "two green cat"
+    loaded = load_pretrained(trained_t2i)
+    for parameter in loaded.model.parameters():  # so few steps of training leave no text in it
+        torch.nn.init.normal_(parameter, std=0.2)
+    encoder, keys = text_encoder_of(loaded), [(0, i) for i in range(4)]
+    sampler = Sampler.of(loaded)
+    cond = Condition.of_rows(encoder.encode([PROMPTS[0]] * 4), 12)
+    null = Condition.of_rows([loaded.model.null_text[loaded.model.null_mask]], 12)
+    without = sampler.latents(keys, cond)[0]
+    sampler.negative = null
+    torch.testing.assert_close(sampler.latents(keys, cond)[0], without)
+    sampler.negative = Condition.of_rows(encoder.encode(["two green cat"]), 12)
+    assert (sampler.latents(keys, cond)[0] - without).abs().max() > 1e-3
+
+
+def test_geneval_layout(sample, tmp_path):
+    entries = [
+        {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": prompt}
+        for prompt in PROMPTS
+    ]
+    path = prompts_file(tmp_path, map(json.dumps, entries), "evaluation_metadata.jsonl")
+    folder = sample("--prompts", path, "--save", "geneval")  # four of each
+    wanted = images_of(sample("--prompts", path, folder="npz"))[0]
+    for number, entry in enumerate(entries):
+        place = folder / "geneval" / f"{number:05d}"
+        assert json.loads((place / "metadata.jsonl").read_text()) == entry
+        names = sorted(file.name for file in (place / "samples").iterdir())
+        assert names == [f"{i:05d}.png" for i in range(4)]
+        for i, name in enumerate(names):
+            found = np.asarray(Image.open(place / "samples" / name))
+            assert np.array_equal(found, wanted[4 * number + i])
+    assert not (folder / "samples.npz").exists()
+
+
+def test_the_grid_has_a_line_under_each_group():
+    images = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)
+    grid = captioned_grid(images, ["first", "second", "third"], columns=3)
+    dark = (grid == 0).all(dim=-1)
+    assert dark[: 12 + 96, 12 : 12 + 96].sum() == 96 * 96  # shown three times as large
+    under = dark[12 + 96 + 4 :]
+    assert under.any()
+    widths = grid.shape[1]
+    thirds = [under[:, i * widths // 3 : (i + 1) * widths // 3].any() for i in range(3)]
+    assert all(thirds)
+
+
+def test_prompts_beyond_the_last_begin_again():
+    calls = []
+
+    def encode(texts):
+        calls.append(texts)
+        return [torch.full((1, 2), float(len(text))) for text in texts]
+
+    wanted = ByPrompt(["a", "bb"], 2, encode, 3)
+    cond = wanted.condition(range(2, 6))
+    assert cond.text[:, 0, 0].tolist() == [2, 2, 1, 1]
+    assert calls == [["bb", "a"]]
+    assert [wanted.key(i) for i in range(6)] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 0), (0, 1)]
+
+
+def test_a_long_prompt_names_what_is_cut(sample, caplog):
+    sample("--prompt", "a red dog and " * 3 + "a cat", "--num-per-prompt", 1)
+    assert "longer than 12 tokens" in caplog.text
+    assert caplog.text.split("is cut: ")[1].strip() == "dog and a cat"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--prompts: .* was trained on captions; give --prompt TEXT"),
+        (["--classes", "0", "--prompt", "a"], "--classes: does nothing here; it needs a model of"),
+        (["--labels", "random", "--prompt", "a"], "--labels: does nothing here"),
+        (["--num-fid-samples", "3", "--prompt", "a"], "--num-fid-samples: does nothing here"),
+        (["--prompt", "a", "--prompts", "x.txt"], "--prompt: not with --prompts"),
+        (["--prompt", "  "], "--prompt: prompt 1 is empty"),
+        (["--prompts", "absent.txt"], "cannot read absent.txt: No such file"),
+        (["--prompts", "a.csv"], r"a\.csv: wanted a \.txt or \.jsonl file"),
+        (["--prompt", "a", "--save", "geneval"], "geneval needs prompts from a .jsonl"),
+        (
+            ["--prompt", "a", "--negative-prompt", "b", "--cfg-scale", "1"],
+            "--negative-prompt: does nothing here; it needs guidance",
+        ),
+        (["--prompt", "a", "--text-encoder", "absent"], "absent"),
+    ],
+)
+def test_refusals(sample, flags, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        sample(*flags)
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("empty.txt", [], "has no prompts"),
+        ("gap.txt", ["a", "", "b"], "prompt 2 is empty"),
+        ("broken.jsonl", ['{"prompt": "a"}', "{"], "line 2: no JSON"),
+        ("other.jsonl", ['{"text": "a"}'], 'line 1: wanted an object with a text "prompt"'),
+    ],
+)
+def test_files_that_hold_no_prompts(sample, tmp_path, name, lines, message):
+    with pytest.raises(ConfigError, match=message):
+        sample("--prompts", prompts_file(tmp_path, lines, name))
+
+
+def test_prompts_for_a_checkpoint_of_classes(sample, trained):
+    with pytest.raises(ConfigError, match="--prompt: does nothing here; it needs a checkpoint tr"):
+        sample("--prompt", "a", ckpt=trained)
+
+
+def test_another_encoder_is_refused_and_the_same_one_elsewhere_is_not(
+    sample, text_encoder_folder, tmp_path
+):
+    other = write_encoder(tmp_path / "other", seed=1)
+    asked = "--prompt", "a dog", "--num-per-prompt", 1
+    with pytest.raises(UserError, match="--text-encoder: not the one of .*encoder_hash"):
+        sample(*asked, "--text-encoder", other)
+    shutil.copytree(text_encoder_folder, tmp_path / "moved")
+    sample(*asked, "--text-encoder", tmp_path / "moved")
