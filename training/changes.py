@@ -48,14 +48,15 @@ def check_same_latents(found: dict[str, Any] | None, wanted: dict[str, Any], fol
                 f"{folder}: was trained on other latents: {key}{where} is {was} there, {now} in "
                 "this run's data; a model of other latents is a new run (--init_from)"
             )
+
+
+def check_same_texts(found: dict[str, Any] | None, wanted: dict[str, Any], folder: Path) -> None:
+    """Refuse texts of another encoder than that of the checkpoint's facts; null is not known."""
     texts = [(facts or {}).get("text") for facts in (found, wanted)]
     if None not in texts:
         difference = TextFacts.of(texts[0]).difference(TextFacts.of(texts[1]))
         if difference is not None:
-            raise ConfigError(
-                f"{folder}: was trained on other texts: {difference}; a model of another encoder "
-                "is a new run (--init_from)"
-            )
+            raise ConfigError(f"{folder}: was trained on other texts: {difference}")
 
 
 def _first_difference(theirs: Any, ours: Any) -> tuple[str, Any, Any]:

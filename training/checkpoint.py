@@ -36,6 +36,7 @@ from training.attempts import is_restart_of
 from training.changes import (
     check_same_latents,
     check_same_model,
+    check_same_texts,
     model_differences,
     warn_of_changes,
 )
@@ -143,6 +144,7 @@ def resume(state: TrainingState, folder: Path, processes: Processes) -> None:
     facts = patiently(lambda: read_state(folder), folder / STATE_FILE)
     check_same_model(found, state.config, folder)
     check_same_latents(facts["latents"], state.latents, folder)
+    check_same_texts(facts["latents"], state.latents, folder)
     for name, module in state.modules().items():
         path = weights_path(folder, name)
         if name.startswith("ema_") and not path.exists():
@@ -234,8 +236,10 @@ def check_start(config: Config, processes: Processes) -> None:
         raise ConfigError(refusal)
 
 
-def initialise(config: Config, model: DiT) -> None:
+def initialise(config: Config, model: DiT, texts: dict[str, Any] | None) -> None:
     """Fill a new run's model from the checkpoint `config.init_from`, where one is named.
+
+    `texts` are the facts of the run's text encoder.
 
     What else differs between the two models or objectives is said: weights of the right shape may
     have been trained to compute something else.
@@ -247,6 +251,12 @@ def initialise(config: Config, model: DiT) -> None:
         return
     folder = find_checkpoint(Path(config.init_from))
     weights = weights_path(folder, "ema")
+    if config.init_fresh != "text":
+        theirs = read_state(folder)["latents"]
+        try:
+            check_same_texts(theirs, {"text": texts}, folder)
+        except ConfigError as error:
+            raise ConfigError(f"init_from: {error}; --init_fresh text starts it anew") from None
     load_weights(model, weights, FRESH[config.init_fresh])
     if config.init_fresh == "text":
         _take_labels(model, weights)

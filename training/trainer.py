@@ -263,8 +263,9 @@ class Trainer:
         torch.manual_seed(derive_seed(self.config.seed, "weights"))
         model = build_model(self.config.model)
         if self.begins:
-            initialise(self.config, model)
-            null = self.data.conditions.null
+            conditions = self.data.conditions
+            initialise(self.config, model, conditions.text_facts())
+            null = conditions.null
             if null is not None:
                 model.set_null_text(null)
         return model

@@ -199,7 +199,7 @@ def test_another_encoder_is_refused_and_the_same_one_elsewhere_is_not(
 ):
     other = write_encoder(tmp_path / "other", seed=1)
     asked = "--prompt", "a dog", "--num-per-prompt", 1
-    with pytest.raises(UserError, match="--text-encoder: not the one of .*encoder_hash"):
+    with pytest.raises(UserError, match=r"--text-encoder: not the one of .*encoder_hash"):
         sample(*asked, "--text-encoder", other)
     shutil.copytree(text_encoder_folder, tmp_path / "moved")
     sample(*asked, "--text-encoder", tmp_path / "moved")
