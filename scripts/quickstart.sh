@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on real handwritten digits, minutes on two CPU cores: image folder -> cached
 # latents -> training -> samples -> scores. Finished stages are skipped; --fresh starts over.
-# Other systems: --config quickstart_dsmoe, or quickstart_jitmoe (pixels).
+# Other systems: --config quickstart_dsmoe, quickstart_jitmoe (pixels), or quickstart_t2i (captions).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,12 +21,14 @@ while [ $# -gt 0 ]; do
 done
 
 source scripts/environment.sh
-use_environment ""
+extra=""
+[[ "$config" = *t2i* ]] && extra=t2i
+use_environment "$extra"
 
 # What all variants share lies in $shared, what this one makes in $run.
 shared=runs/quickstart
 facts=$(python scripts/quickstart_facts.py "$config")
-read -r train steps space <<< "$facts"
+read -r train steps kind guidance <<< "$facts"
 run=$(dirname "$train")
 [ "$fresh" = no ] || rm -rf "$run"
 
@@ -51,9 +53,14 @@ stage() {
     fi
 }
 
+if [ "$kind" = text ]; then
+    source scripts/quickstart_t2i.sh
+    exit
+fi
+
 stage $shared/images "Handwritten digits as an image folder" \
     python -m data.digits --out $shared/images
-if [ "$space" = latents ]; then
+if [ "$kind" = latents ]; then
     stage $shared/vae "A small VAE for them" \
         python -m data.tiny_vae --data $shared/images/train --val $shared/images/val \
         --out $shared/vae

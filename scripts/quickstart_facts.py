@@ -1,6 +1,7 @@
 """python scripts/quickstart_facts.py quickstart
 
-What the quickstart needs to know of a config: folder of the run, steps, and `latents` or `pixels`.
+What the quickstart needs to know of a config: folder of the run, steps, `latents`, `pixels` or
+`text`, and guidance.
 """
 
 import sys
@@ -23,8 +24,10 @@ def main() -> None:
             f"--config: {path}: run_dir is {config.run_dir}, the quickstart wants {wanted}, and a "
             "file named quickstart_NAME.yaml"
         )
-    space = "pixels" if config.data.vae_path is None else "latents"
-    sys.stdout.write(f"{config.run_dir} {config.train.max_steps} {space}\n")
+    kind = "pixels" if config.data.vae_path is None else "latents"
+    kind = kind if config.model.text_hidden_size is None else "text"
+    facts = config.run_dir, config.train.max_steps, kind, f"{config.sampling.cfg_scale:g}"
+    sys.stdout.write(" ".join(map(str, facts)) + "\n")
 
 
 if __name__ == "__main__":

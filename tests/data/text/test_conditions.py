@@ -88,7 +88,7 @@ def test_texts_that_do_not_fit_the_config(tiny_t2i, flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data.horizontal_flip", "true"], "data.horizontal_flip: true is not allowed with text"),
+        (["--data.horizontal_flip", "true"], "data.horizontal_flip: true is not allowed with t"),
         (
             ["--data.text_cached_path", "null"],
             "data.text_cached_path: model.text_hidden_size needs",
@@ -99,7 +99,7 @@ def test_texts_that_do_not_fit_the_config(tiny_t2i, flags, message):
         (["--data.captions", "txt"], "data.captions: has no effect here"),
         (["--data.text_source", "online"], "data.captions: data.text_source online needs it"),
         (["--train.val_every", "2", "--data.val_cached_path", "x"], "needs data.val_text_cached"),
-        (["--model.text_hidden_size", "null"], "text_cached_path: has no effect here"),
+        (["--model.text_hidden_size", "null"], "sampling.cfg_scale: 1.5 needs classes or text"),
         (["--model.text_refiner", "-1"], "model.text_refiner: -1"),
     ],
 )
