@@ -116,6 +116,16 @@ def test_several_entries_of_an_image_add_up_and_absolute_paths_are_found(tmp_pat
 ONE = ["a/1.png"]
 
 
+def test_marks_of_byte_order_are_no_part_of_captions_and_keys(tmp_path):
+    mark = "\ufeff"
+    texts(tmp_path, {"a/1.txt": f"{mark}one", "a/1.json": f'{mark}{{"text": "one"}}'})
+    texts(tmp_path, {"a/x.csv": f"{mark}file_name,text\na/1.png,one\n"})
+    texts(tmp_path, {"metadata.jsonl": f'{mark}{{"file_name": "a/1.png", "text": "one"}}\n'})
+    (tmp_path / "a/x.csv").rename(tmp_path / "x.csv")
+    for kind in ("txt", "json", "metadata", str(tmp_path / "x.csv")):
+        assert read(kind, tmp_path, ONE).texts == ["one"]
+
+
 @pytest.mark.parametrize(
     ("contents", "said"),
     [
