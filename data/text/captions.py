@@ -226,18 +226,19 @@ def _from_tables(options: CaptionOptions, tables: list[Path], names: Sequence[st
 def _namer(table: Path, data_path: str | None) -> Callable[[str], str]:
     """What turns the paths of a table into what a cache calls its images.
 
-    A table in the image folder, or below it, names images from where it lies, as metadata.jsonl
-    does; any other one from the image folder.
+    A table in the image folder, or below it, names images from where it lies, and so does
+    metadata.jsonl anywhere; any other one from the image folder.
     """
     if data_path is None:
         return os.path.normpath
     root = os.path.abspath(folder_of(data_path))
     within = os.path.relpath(table.parent.absolute(), root)
-    inside = within != ".." and not within.startswith("../")
+    outside = within == ".." or within.startswith("../")
+    from_table = table.name in METADATA or not outside
 
     def name(path: str) -> str:
         if os.path.isabs(path):
             return os.path.relpath(path, root)
-        return os.path.normpath(os.path.join(within, path) if inside else path)
+        return os.path.normpath(os.path.join(within, path) if from_table else path)
 
     return name
