@@ -6,7 +6,7 @@ one and a damaged line are refused with file and line.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +169,7 @@ def _beside(options: CaptionOptions, names: Sequence[str]) -> Found:
 
 def _lines(content: bytes, path: Path) -> list[str]:
     try:
-        lines = content.decode("utf-8").rstrip().split("\n")
+        lines = content.decode("utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ConfigError(f"{FIELD}: {path} line {line}: not UTF-8") from error
@@ -204,9 +204,10 @@ def _from_tables(options: CaptionOptions, tables: list[Path], names: Sequence[st
     others, first = 0, ""
     for table in tables:
         keys = Keys(options.path_key, options.caption_keys)
+        name_of = _namer(table, options.data_path)
         for place, entry in entries(table):
             path = keys.path(entry, place)
-            number = wanted.get(_name(path, table, options.data_path))
+            number = wanted.get(name_of(path))
             if number is None:
                 others, first = others + 1, first or f"{path} ({place})"
             else:
@@ -222,17 +223,22 @@ def _from_tables(options: CaptionOptions, tables: list[Path], names: Sequence[st
     yield from found
 
 
-def _name(path: str, table: Path, root: str | None) -> str:
-    """What an image is called in a cache.
+def _namer(table: Path, data_path: str | None) -> Callable[[str], str]:
+    """What turns the paths of a table into what a cache calls its images.
 
-    A table in the image folder, or below it, names images from where it lies, as metadata.jsonl
-    does; any other one from the image folder.
+    A table in the image folder, or below it, names images from where it lies, and so does
+    metadata.jsonl anywhere; any other one from the image folder.
     """
-    if root is not None:
-        root = str(folder_of(root))
+    if data_path is None:
+        return os.path.normpath
+    root = os.path.abspath(folder_of(data_path))
+    within = os.path.relpath(table.parent.absolute(), root)
+    outside = within == ".." or within.startswith("../")
+    from_table = table.name in METADATA or not outside
+
+    def name(path: str) -> str:
         if os.path.isabs(path):
-            return os.path.relpath(path, os.path.abspath(root))
-        within = os.path.relpath(table.parent.absolute(), os.path.abspath(root))
-        if within != ".." and not within.startswith("../"):
-            path = os.path.join(within, path)
-    return os.path.normpath(path)
+            return os.path.relpath(path, root)
+        return os.path.normpath(os.path.join(within, path) if from_table else path)
+
+    return name

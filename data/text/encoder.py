@@ -57,9 +57,9 @@ class TextEncoder:
         self.folder = loading.model_folder(path)
         self.tokenizer = loading.load_tokenizer(self.folder, path)
         model = loading.load_encoder(self.folder, path, getattr(torch, dtype))
-        self.hidden_size = int(model.config.hidden_size)
+        self.hidden_size, layers = loading.sizes(model, path)
         self._check_length(loading.positions(model))
-        self._check_layer(int(model.config.num_hidden_layers))
+        self._check_layer(layers)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self._facts: TextFacts | None = None
 

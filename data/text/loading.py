@@ -174,6 +174,8 @@ def load_encoder(folder: Path, path: str, dtype: torch.dtype) -> "PreTrainedMode
             if type(config) not in KNOWN:  # the text side of CLIP and its like
                 config = config.get_text_config()
             kind = AutoModelForTextEncoding if type(config) in KNOWN else AutoModel
+            if kind is AutoModelForTextEncoding:
+                config.is_encoder_decoder = False  # T5Gemma asks for this
             model, info = kind.from_pretrained(
                 folder,
                 config=config,
@@ -194,6 +196,21 @@ def load_encoder(folder: Path, path: str, dtype: torch.dtype) -> "PreTrainedMode
     if config.is_encoder_decoder and type(config) not in KNOWN:
         model = model.get_encoder()
     return model
+
+
+def sizes(model: "PreTrainedModel", path: str) -> tuple[int, int]:
+    """Width of a row, and how many layers there are.
+
+    Raises:
+        UserError: the configuration does not say.
+    """
+    config = model.config
+    if not hasattr(config, "hidden_size"):  # T5Gemma's is in that of its encoder
+        config = getattr(config, "encoder", config)
+    try:
+        return int(config.hidden_size), int(config.num_hidden_layers)
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{FIELD}: {path} is no text encoder of a known form: {error}") from error
 
 
 def positions(model: nn.Module) -> int | None:

@@ -30,7 +30,7 @@ def entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _decoded(lines: Iterable[bytes], path: Path) -> Iterator[str]:
     for number, line in enumerate(lines, 1):
         try:
-            yield line.decode("utf-8")
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(f"{FIELD}: {path} line {number}: not UTF-8") from error
 

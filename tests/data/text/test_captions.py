@@ -113,7 +113,27 @@ def test_several_entries_of_an_image_add_up_and_absolute_paths_are_found(tmp_pat
     assert all_of(read(path, tmp_path)) == wanted
 
 
+def test_metadata_of_another_folder_is_not_taken_for_that_of_the_images(tmp_path):
+    rows = [entry(name, "x") for name in NAMES]
+    for name in ("val/metadata.jsonl", "val/other.jsonl"):
+        table(tmp_path / name, rows)
+    (tmp_path / "train").mkdir()
+    assert len(read(str(tmp_path / "val" / "other.jsonl"), tmp_path / "train")) == 3
+    with pytest.raises(ConfigError, match="3 of 3 images have no caption"):
+        read(str(tmp_path / "val" / "metadata.jsonl"), tmp_path / "train")
+
+
 ONE = ["a/1.png"]
+
+
+def test_marks_of_byte_order_are_no_part_of_captions_and_keys(tmp_path):
+    mark = "\ufeff"
+    texts(tmp_path, {"a/1.txt": f"{mark}one", "a/1.json": f'{mark}{{"text": "one"}}'})
+    texts(tmp_path, {"a/x.csv": f"{mark}file_name,text\na/1.png,one\n"})
+    texts(tmp_path, {"metadata.jsonl": f'{mark}{{"file_name": "a/1.png", "text": "one"}}\n'})
+    (tmp_path / "a/x.csv").rename(tmp_path / "x.csv")
+    for kind in ("txt", "json", "metadata", str(tmp_path / "x.csv")):
+        assert read(kind, tmp_path, ONE).texts == ["one"]
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,39 @@ def test_rows_are_those_of_each_caption_alone(folders, kind):
     assert encoder.encode([]) == []
 
 
+@pytest.mark.parametrize("kind", ["T5Gemma", "Gemma2", "Roberta", "Bart"])
+def test_other_kinds_of_models_are_taken_too(tmp_path, kind):
+    import transformers as hf
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
+    gemma = sizes | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    if kind == "T5Gemma":
+        half = hf.T5GemmaModuleConfig(**gemma)
+        model = hf.T5GemmaForConditionalGeneration(
+            hf.T5GemmaConfig(encoder=half, decoder=half, vocab_size=40)
+        )
+    elif kind == "Gemma2":
+        model = hf.Gemma2ForCausalLM(hf.Gemma2Config(**gemma))
+    elif kind == "Roberta":
+        config = hf.RobertaConfig(**sizes, num_attention_heads=2, max_position_embeddings=40)
+        model = hf.RobertaForMaskedLM(config)
+    else:
+        sides = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
+        sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in sides.items()}
+        model = hf.BartForConditionalGeneration(
+            hf.BartConfig(d_model=16, vocab_size=40, max_position_embeddings=40, **sides)
+        )
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, "bert")
+    encoder = TextEncoder(str(tmp_path), 12, dtype="float32")
+    assert encoder.hidden_size == 16
+    assert not [name for name, _ in encoder.model.named_parameters() if "decoder" in name]
+    for caption, found in zip(CAPTIONS, encoder.encode(CAPTIONS), strict=True):
+        alone = encoder.encode([caption])[0]
+        assert found.shape == alone.shape
+        torch.testing.assert_close(found, alone, atol=2e-6, rtol=1e-5)
+
+
 def test_bfloat16_is_near_float32_and_the_default(folders):
     encoder = TextEncoder(str(folders["bert"]), 12)
     assert encoder.model.dtype == torch.bfloat16
