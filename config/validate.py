@@ -164,6 +164,11 @@ def _check_text(config: Config) -> None:
         'data.horizontal_flip: true is not allowed with text: "left of" would no longer be so; '
         "set it to false",
     )
+    require(
+        data.source != "npz",
+        "data.source: npz does not say the names of its images, which texts are found by; allowed: "
+        "latents, images",
+    )
     if data.text_source == "cached":
         require(
             data.text_cached_path not in (None, []),

@@ -1,6 +1,5 @@
 """Images without a cache: for models of pixels, or encoded while a model trains on them."""
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -56,7 +55,7 @@ class Images:
 
     def names(self) -> list[str]:
         """Paths of all images below the folder, in order."""
-        return [os.path.relpath(path, self.path) for path in self.folder.paths]
+        return [self.folder.name(index) for index in range(len(self))]
 
     def images(self, indices: Sequence[int]) -> Tensor:
         """Cropped images (B, 3, H, W) uint8."""

@@ -41,6 +41,11 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
         parts = [LatentCache(Path(path)) for path in as_list(data.cached_path)]
     source = parts[0] if len(parts) == 1 else JoinedCaches(parts)
     check_fits(source, data, config.model)
+    if data.horizontal_flip and source.views == 1:
+        raise UserError(
+            f"data.horizontal_flip: {source.path} has no mirrored images; set it to false, or make "
+            "the cache again with --views 2"
+        )
     check_enough(len(source), config.train.global_batch_size)
     check_vae(source, data, processes)
     conditions = _conditions(config, parts, data.text_cached_path, processes)

@@ -18,13 +18,17 @@ def main(shared: Path, run: Path) -> None:
     rates = sorted(entry["images_per_second"] for entry in entries)
     write = sys.stdout.write
     write(f"\nsteps {entries[-1]['step']}, training images/s {rates[len(rates) // 2]:.0f} (median)")
-    write(f", loss {entries[0]['loss/loss']:.4f} at first, {entries[-1]['loss/loss']:.4f} at last\n")
+    write(
+        f", loss {entries[0]['loss/loss']:.4f} at first, {entries[-1]['loss/loss']:.4f} at last\n"
+    )
     for path in (*sorted(run.glob("results_cfg*.jsonl")), shared / "heldout.jsonl"):
         scale = path.stem.removeprefix("results_cfg")
         title = "real held-out scenes" if path.stem == "heldout" else f"guidance {scale}"
         write(f"\n{title}:\n\n{table(summary(read_results(path)))}\n")
     grids = ", ".join(str(path) for path in sorted(run.glob("samples/*/*/grid.png")))
-    write(f"\nPictures: {grids}; where the computation goes: experts.png and its like beside them\n")
+    write(
+        f"\nPictures: {grids}; where the computation goes: experts.png and its like beside them\n"
+    )
 
 
 if __name__ == "__main__":

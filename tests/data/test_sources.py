@@ -242,3 +242,10 @@ def test_image_size_must_fit_the_vae(image_root, vae_folder):
     online = {"data__source": "images", "data__data_path": image_root, "data__image_size": 15}
     with pytest.raises(UserError, match="image_size: 15 is not a multiple of the VAE's 2"):
         training_data(flags(None, vae_folder, **online), ALONE)
+
+
+def test_mirrored_images_that_a_cache_does_not_have(make_cache, vae_folder, tmp_path):
+    cache = make_cache(tmp_path / "one", views=1)
+    training_data(flags(cache, vae_folder, data__horizontal_flip=False), ALONE)
+    with pytest.raises(UserError, match=r"data\.horizontal_flip: .*one has no mirrored images"):
+        training_data(flags(cache, vae_folder, data__horizontal_flip=True), ALONE)

@@ -1,6 +1,7 @@
-"""torchrun --nproc_per_node=2 tests/distributed/large.py OUT CACHE VAE
+"""torchrun --nproc_per_node=2 tests/distributed/large.py OUT CACHE VAE TEXTS
 
-The 3B model in shards without memory, and a model of its pattern and little width trained.
+The 3B model in shards without memory, and models of its pattern and of that of text-to-image, of
+little width, trained.
 """
 
 import json
@@ -16,6 +17,7 @@ from training.parallel import local, shard
 from training.trainer import train
 
 CONFIG = "dsmoe/3B_E16_flow"
+TEXT_CONFIG = "t2i/diffmoe_E16_flow"
 
 
 def narrow(out: Path, cache: str, vae: str) -> list[str]:
@@ -46,7 +48,26 @@ def narrow(out: Path, cache: str, vae: str) -> list[str]:
     return ["--config", CONFIG, *(f"--{key}={value}" for key, value in values.items())]
 
 
-def main(out: Path, *data: str) -> None:
+def narrow_text(out: Path, cache: str, vae: str, texts: str) -> list[str]:
+    """The same of the text-to-image model."""
+    values = dict(flag[2:].split("=", 1) for flag in narrow(out, cache, vae)[2:])
+    for key in ("intermediate_size", "shared_intermediate_size", "bias_update_rate"):
+        values.pop(f"model.feed_forward.{key}")
+    values |= {
+        "data.text_cached_path": texts,
+        "model.num_classes": 0,
+        "model.text_hidden_size": 16,
+        "model.text_max_length": 12,
+        "model.feed_forward.num_experts": 4,
+        "optim.lr": 1e-2,
+        "optim.warmup_steps": 0,
+        "train.precision": "fp32",
+        "sampling.num_steps": 2,
+    }
+    return ["--config", TEXT_CONFIG, *(f"--{key}={value}" for key, value in values.items())]
+
+
+def main(out: Path, cache: str, vae: str, texts: str) -> None:
     with processes("cpu", cpu_threads=1) as group:
         config = parse_config(["--config", CONFIG], "train.py")
         with torch.device("meta"):
@@ -59,7 +80,8 @@ def main(out: Path, *data: str) -> None:
             "largest": max(part.numel() for part in parts),
         }
         (out / f"rank{group.rank}.json").write_text(json.dumps(facts))
-        train(parse_config(narrow(out / "run", *data), "train.py", group.world_size), group)
+        for argv in (narrow(out / "run", cache, vae), narrow_text(out / "text", cache, vae, texts)):
+            train(parse_config(argv, "train.py", group.world_size), group)
 
 
 if __name__ == "__main__":
