@@ -8,6 +8,7 @@ import importlib
 import logging
 import multiprocessing
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -104,3 +105,25 @@ def can_mount() -> bool:
     return (
         bool(shutil.which("unshare")) and subprocess.run(own, capture_output=True).returncode == 0
     )
+
+
+def pair(folder: Path, argv: list, first: tuple = ("", ""), module: str = "train") -> list[Program]:
+    """A program as two processes that torchrun would start.
+
+    Args:
+        folder: for their logs.
+        argv: flags.
+        first: of `Program`, for each.
+        module: of `Program`.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
+        place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        text = f"os.environ.update({ {k: str(v) for k, v in place.items()} })\n{first[rank]}"
+        log = folder / f"rank_{rank}_{time.monotonic_ns()}"
+        started.append(Program(module, argv, log, text))
+    return started

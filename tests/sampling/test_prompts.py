@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import Program, pair
 from tiny_encoders import write_encoder
 
 from core.conditions import Condition
@@ -22,6 +24,13 @@ from sampling.sets import read_set
 from sampling.wanted import ByPrompt
 
 ALONE = Processes(0, 1, torch.device("cpu"))
+KILL = """
+import sampling.generate
+def kill(sampler, decode, measure, plan, first, kept):
+    if first == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+before(sampling.generate, "_write_block", kill)
+"""
 PROMPTS = ["a red dog", "two green cat", "one cat and a dog"]
 
 
@@ -203,3 +212,24 @@ def test_another_encoder_is_refused_and_the_same_one_elsewhere_is_not(
         sample(*asked, "--text-encoder", other)
     shutil.copytree(text_encoder_folder, tmp_path / "moved")
     sample(*asked, "--text-encoder", tmp_path / "moved")
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_kill_change_no_image(sample, trained_t2i, tmp_path):
+    path = prompts_file(tmp_path)
+    argv = ["--ckpt", trained_t2i, "--device", "cpu", "--prompts", path]
+    argv += ["--per-proc-batch-size", 4]
+    wanted = images_of(sample("--prompts", path))[0]  # three blocks
+    for process in pair(tmp_path, [*argv, "--sample-dir", tmp_path / "two"], module="sample_ddp"):
+        assert process.end()[0] == 0
+    (two,) = (tmp_path / "two").glob("*/*")
+    assert read_set(two)[1]["world_size"] == 2
+    assert np.array_equal(images_of(two)[0], wanted)
+    argv += ["--sample-dir", tmp_path / "killed"]
+    program = Program("sample_ddp", argv, tmp_path / "log", KILL)
+    assert program.end()[0] == -signal.SIGKILL
+    assert len(list((tmp_path / "killed").glob("*/*/parts/0*.npz"))) == 1
+    program = Program("sample_ddp", argv, tmp_path / "log")
+    assert program.end()[0] == 0
+    (killed,) = (tmp_path / "killed").glob("*/*")
+    assert np.array_equal(images_of(killed)[0], wanted)

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from programs import Program, wait_for
+from programs import pair, wait_for
 from tiny_runs import HANG, ROOT, contents, run, same, slowly
 
 import core.locks
@@ -230,21 +229,6 @@ def test_a_killed_loader_worker_is_one_line(flags, tmp_path, start):
     assert errors.splitlines()[-1].startswith("error: a data worker or another process died")
     assert "Traceback" not in errors
     assert checkpoints(tmp_path / "run")
-
-
-def pair(tmp_path, argv, first=("", "")):
-    """train.py as two processes that torchrun would start; `first` as of Program, for each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(2):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}
-        place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        text = f"os.environ.update({ {k: str(v) for k, v in place.items()} })\n{first[rank]}"
-        log = tmp_path / f"rank_{rank}_{time.monotonic_ns()}"
-        started.append(Program("train", argv, log, text))
-    return started
 
 
 SPOIL = """
