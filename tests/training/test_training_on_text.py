@@ -129,8 +129,10 @@ def test_a_start_from_a_model_of_classes_begins_as_that_model(flags, trained, cl
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
-def test_fine_tuning_takes_everything(flags, trained_t2i, tmp_path):
-    run(flags(init_from=trained_t2i, train__max_steps=1, optim__lr=1e-30))
+def test_fine_tuning_takes_everything(flags, trained_t2i, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run(flags(init_from=trained_t2i, train__max_steps=1, optim__lr=1e-30))
+    assert f'next: torchrun sample_ddp.py --ckpt {tmp_path / "run"} --prompt "TEXT"' in caplog.text
     before, after = final(trained_t2i, "ema"), final(tmp_path / "run", "model")
     for name, value in before.items():
         if "threshold" not in name:
