@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from core.command_line import as_flags
 from core.errors import ConfigError, UserError
 from core.logging import get_logger
 from data.text.encoder import TextEncoder
@@ -157,9 +158,9 @@ def text_encoder_of(
         UserError: it cannot be read, or it is another one.
     """
     facts = text_facts(checkpoint)
-    encoder = TextEncoder(
-        path or facts.encoder, facts.max_length, facts.layer, facts.prefix, facts.dtype, device
-    )
+    asked = facts.max_length, facts.layer, facts.prefix, facts.dtype
+    with as_flags({"data.text_encoder": "--text-encoder"}):
+        encoder = TextEncoder(path or facts.encoder, *asked, device)
     difference = facts.difference(encoder.facts())
     if difference is not None:
         raise UserError(f"--text-encoder: not the one of {checkpoint.path}: {difference}")

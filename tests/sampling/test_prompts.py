@@ -224,7 +224,7 @@ def test_a_long_prompt_names_what_is_cut(sample, caplog):
             ["--prompt", "a", "--negative-prompt", "b", "--cfg-scale", "1"],
             "--negative-prompt: does nothing here; it needs guidance",
         ),
-        (["--prompt", "a", "--text-encoder", "absent"], "absent"),
+        (["--prompt", "a", "--text-encoder", "absent"], "--text-encoder: 'absent' is not a"),
         (["--prompt", "a \udc80"], "--prompt: prompt 1 holds half of a character"),
         (
             ["--prompt", "a", "--negative-prompt", "\udc80"],
