@@ -150,7 +150,8 @@ TASKS: dict[str, Callable[[Draw], Scene]] = dict(
 
 
 def _a(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    vowel = words[0] in "aeiou" and not words.startswith("one")  # spoken, it begins with a w
+    return f"{'an' if vowel else 'a'} {words}"
 
 
 def scene(seed: int, purpose: str, index: int, seen_only: bool) -> Scene:

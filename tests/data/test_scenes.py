@@ -118,3 +118,10 @@ def test_scenes_are_functions_of_the_seed(scenes, tmp_path):
     assert (tmp_path / "other" / "train" / name).read_bytes() != wanted
     with pytest.raises(UserError, match=r"again exists and holds something else"):
         write_scenes(tmp_path / "again", train=1, val=1, prompts=1)
+
+
+def test_articles_are_those_of_the_spoken_words():
+    prompts = {scene(0, "prompts", index, seen_only=False).prompt for index in range(600)}
+    words = {tuple(text.split()[:2]) for text in prompts if text.startswith("a")}
+    assert {("a", "one"), ("an", "eight"), ("an", "orange"), ("a", "two")} <= words
+    assert not {("an", "one"), ("a", "eight"), ("a", "orange")} & words
