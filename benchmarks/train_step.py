@@ -18,8 +18,9 @@ import torch
 from benchmarks.measure import alternate, default_device, device_here, machine, report
 from config.files import find_config
 from config.load import load_config
-from config.schema import Config
+from config.schema import Config, ModelConfig
 from core.command_line import Parser, file_to_write, positive
+from core.conditions import Condition
 from core.distributed import Processes
 from core.errors import command
 from models.build import build_model
@@ -44,6 +45,17 @@ def settings_of(name: str, flags: argparse.Namespace) -> Config:
     return dataclasses.replace(config, train=train)
 
 
+def conditions(model: ModelConfig, count: int) -> Condition:
+    """Random classes, or texts of as many tokens as there may be."""
+    labels = torch.randint(max(model.num_classes, 1), (count,))
+    if model.text_hidden_size is None:
+        return Condition(labels)
+    rows = torch.randn(count, model.text_max_length, model.text_hidden_size, dtype=torch.bfloat16)
+    return Condition.of_rows(
+        list(rows), model.text_max_length, labels if model.num_classes else None
+    )
+
+
 def stepper(config: Config, device: torch.device) -> Callable[[], object]:
     """A call that takes one step of a freshly initialised model."""
     torch.manual_seed(0)
@@ -61,12 +73,12 @@ def stepper(config: Config, device: torch.device) -> Callable[[], object]:
     )
     side, count = config.model.input_size, config.train.micro_batch_size
     x = torch.randn(count, config.model.in_channels, side, side, device=device)
-    labels = torch.randint(config.model.num_classes, (count,), device=device)
+    cond = conditions(config.model, count).to(device)
     numbers = itertools.count()
 
     def call() -> None:
         number = next(numbers)
-        result = step(itertools.repeat((x, labels)), number)
+        result = step(itertools.repeat((x, cond)), number)
         ema.update(model, number, result.finite)
 
     return call

@@ -225,7 +225,7 @@ class ModelConfig:
         num_classes: labels are 0 ... num_classes - 1; the null class is num_classes. 0 trains
             without labels.
         label_dropout: probability of training a sample without its label and caption, for
-            guidance.
+            guidance; where there are both, also without its label alone.
         text_hidden_size: width of the text encoder whose output the blocks attend to; by default
             the model takes no text.
         text_max_length: tokens of a text, to which shorter ones are filled up; the text cache

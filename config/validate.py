@@ -178,6 +178,11 @@ def _check_text(config: Config) -> None:
     else:
         for key in ("captions", "text_encoder", "data_path"):
             require(getattr(data, key) is not None, f"data.{key}: data.text_source online needs it")
+        require(
+            data.source == "images" or isinstance(data.cached_path, str),
+            "data.cached_path: data.text_source online reads the captions of one folder of images; "
+            "allowed: one path",
+        )
     require(
         not config.train.val_every or data.val_text_cached_path is not None,
         f"train.val_every: {config.train.val_every} needs data.val_text_cached_path, the texts of "

@@ -4,7 +4,7 @@ Which caption of an image an epoch takes is a function of (seed, epoch, index) a
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -45,6 +45,10 @@ class Captions(Protocol):
         """(L_i, E) of each caption."""
         ...
 
+    def first_without(self, sources: Collection[str]) -> int | None:
+        """The first image that has no caption of these sources; None if all have."""
+        ...
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -66,7 +70,8 @@ class Conditions:
         encoding: rows are made where the model is, not in loader processes.
 
     Raises:
-        UserError: a weight of a source that the captions do not have.
+        UserError: a weight of a source that the captions do not have, or an image all of whose
+            captions have none.
     """
 
     def __init__(
@@ -81,12 +86,7 @@ class Conditions:
         self.seed, self.labels, self.captions = seed, labels, captions
         self.choice, self.length, self.encoding = choice, length, encoding
         if isinstance(choice, dict) and captions is not None:
-            unknown = [name for name in choice if name not in captions.sources]
-            if unknown:
-                raise UserError(
-                    f"data.caption_choice: {captions.path} has no captions of source "
-                    f"{unknown[0]!r}; it has {', '.join(captions.sources)}"
-                )
+            _check_weights(choice, captions)
 
     @property
     def null(self) -> Tensor | None:
@@ -123,26 +123,35 @@ class Conditions:
             return choices[0][0]
         draw = derive_seed(self.seed, "caption", epoch, index) / 2**63
         if self.choice != "random":
-            choices, draw = self._of_source(choices, draw, index)
+            choices, draw = self._of_source(choices, draw)
         return choices[int(draw * len(choices))][0]
 
-    def _of_source(
-        self, choices: list[Choice], draw: float, index: int
-    ) -> tuple[list[Choice], float]:
+    def _of_source(self, choices: list[Choice], draw: float) -> tuple[list[Choice], float]:
         """The captions of a source chosen by weight, and what the draw says within them."""
         names = self.captions.sources
         there = {source for _, source in choices}
         weights = {s: self.choice.get(names[s], 0.0) for s in sorted(there)}
-        total = sum(weights.values())
-        if total == 0:
-            raise UserError(
-                f"data.caption_choice: image {index} of {self.captions.path} has captions of "
-                f"{', '.join(names[s] for s in weights)} alone, none with a weight above 0"
-            )
-        place, first = draw * total, 0.0
+        place, first = draw * sum(weights.values()), 0.0
         for source, weight in weights.items():
             if weight > 0 and place < first + weight:
                 within = (place - first) / weight
                 return [one for one in choices if one[1] == source], within
             first += weight
         raise AssertionError("a draw below 1 falls into one of the weights")
+
+
+def _check_weights(weights: dict[str, float], captions: Captions) -> None:
+    """See, before training comes to it, that every image has a caption with a weight above 0."""
+    for name in weights:
+        if name not in captions.sources:
+            raise UserError(
+                f"data.caption_choice: {captions.path} has no captions of source {name!r}; it has "
+                f"{', '.join(captions.sources)}"
+            )
+    image = captions.first_without([name for name, weight in weights.items() if weight > 0])
+    if image is not None:
+        there = dict.fromkeys(captions.sources[source] for _, source in captions.choices(image))
+        raise UserError(
+            f"data.caption_choice: image {image} of {captions.path} has captions of "
+            f"{', '.join(there)} alone, none with a weight above 0"
+        )

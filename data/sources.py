@@ -14,6 +14,7 @@ from data.online import Images
 from data.published import PublishedCache
 from data.sampler import check_enough
 from data.text.cache import TextCache
+from data.text.facts import TextFacts
 from data.text.joined import as_list, joined
 from data.text.online import online_captions
 from data.vae import KNOWN_NAMES, VAE, open_vae
@@ -48,8 +49,13 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
         )
     check_enough(len(source), config.train.global_batch_size)
     check_vae(source, data, processes)
-    conditions = _conditions(config, parts, data.text_cached_path, processes)
+    conditions = _conditions(config, parts, _texts(data), processes)
     return LatentDataset(source, config.seed, data.horizontal_flip, conditions)
+
+
+def _texts(data: DataConfig) -> str | list[str] | None:
+    """Where the texts trained on are cached; None where they are encoded while training."""
+    return data.text_cached_path if data.text_source == "cached" else None
 
 
 def _image_data(
@@ -62,7 +68,7 @@ def _image_data(
     source = Images(path, data.image_size, vae, processes)
     check_fits(source, data, config.model)
     kind = ImageDataset if data.vae_path is None else EncodedDataset
-    flip, texts = data.horizontal_flip, data.text_cached_path
+    flip, texts = data.horizontal_flip, _texts(data)
     if held_out:
         flip, texts = False, data.val_text_cached_path
     return kind(source, config.seed, flip, _conditions(config, [source], texts, processes))
@@ -74,7 +80,9 @@ def _conditions(
     paths: str | list[str] | None,
     processes: Processes,
 ) -> Conditions:
-    """What the samples of `parts` are conditioned on: their labels, or texts cached at `paths`.
+    """What the samples of `parts` are conditioned on: their labels, or texts.
+
+    Texts are cached at `paths`, or encoded where there are none.
 
     Raises:
         UserError: texts of other images, of another width or length, or none.
@@ -82,9 +90,10 @@ def _conditions(
     model, labels = config.model, config.model.num_classes > 0
     if model.text_hidden_size is None:
         return Conditions(config.seed, labels)
-    online = config.data.text_source == "online" and paths is None
+    online = paths is None
     if online:
-        captions = online_captions(config, parts[0], processes)
+        (part,) = parts
+        captions = online_captions(config, part, processes)
     else:
         captions = joined([TextCache(path) for path in as_list(paths)], parts)
     facts = captions.facts
@@ -101,14 +110,34 @@ def _conditions(
     return Conditions(config.seed, labels, captions, choice, length, encoding=online)
 
 
-def validation_data(config: Config, processes: Processes) -> TrainingData:
+def validation_data(
+    config: Config, processes: Processes, texts: TextFacts | None = None
+) -> TrainingData:
     """Held-out latents or images, never mirrored.
 
+    Args:
+        config: names them.
+        processes: all of which call this function.
+        texts: of the encoder that the model is of, if it takes text.
+
     Raises:
-        UserError: when they cannot be read, or do not fit the config.
+        UserError: when they cannot be read, or do not fit the config or the encoder.
     """
+    if texts is not None and config.data.val_text_cached_path is None:
+        raise UserError(
+            "data.val_text_cached_path: a model of text needs the cached texts of held-out images"
+        )
+    data = _held_out(config, processes)
+    if texts is not None:
+        with as_flags({"data.text_cached_path": "data.val_text_cached_path"}):
+            data.conditions.captions.check_encoder(texts, "the captions trained on")
+    return data
+
+
+def _held_out(config: Config, processes: Processes) -> TrainingData:
     if config.data.val_cached_path is None:
-        with as_flags({"data.data_path": "data.val_data_path"}):
+        names = {"data_path": "val_data_path", "text_cached_path": "val_text_cached_path"}
+        with as_flags({f"data.{key}": f"data.{own}" for key, own in names.items()}):
             return _image_data(config, config.data.val_data_path, processes, held_out=True)
     with as_flags({"data.cached_path": "data.val_cached_path"}):
         cache = LatentCache(Path(config.data.val_cached_path))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from core.command_line import Parser, positive
+from core.command_line import Parser, as_flags, positive
 from core.distributed import Processes, processes
 from core.errors import UserError, command
 from core.limits import check_memory
@@ -19,6 +19,7 @@ from core.rng import SampleNoise, generator
 from data.sources import validation_data
 from models.pretrained import Pretrained, load_pretrained
 from sampling.objectives import build_objective
+from sampling.prompts import text_facts
 from sampling.request import block_bytes
 from transport.sde import SOLVERS as SDE_SOLVERS
 
@@ -41,7 +42,10 @@ def bits_per_dim(
         raise UserError(
             "data.val_cached_path: the checkpoint names no held-out data; give --val-cached-path"
         )
-    data, objective = validation_data(config, group), build_objective(config.objective)
+    texts = None if config.model.text_hidden_size is None else text_facts(pretrained)
+    with as_flags({"data.val_text_cached_path": "--val-text-cached-path"}):
+        data = validation_data(config, group, texts)
+    objective = build_objective(config.objective)
     count, total = min(count, len(data)), 0.0
     check_memory("--batch-size", min(batch_size, count), block_bytes(config.model), device)
     model, shape = pretrained.model.to(device), None
@@ -65,11 +69,20 @@ def _parse() -> argparse.Namespace:
     add("--ckpt", type=Path, required=True, help="checkpoint folder, or a run: its newest")
     add("--weights", default="ema", help="averaged, or live `model`")
     add("--val-cached-path", help="cache of held-out latents; default: the checkpoint's")
+    add("--val-text-cached-path", help="cache of their texts; default: the checkpoint's")
     add("--num-samples", type=positive, default=1000, help="images")
     add("--batch-size", type=positive, default=32, help="images at a time")
     add("--seed", type=int, default=0, help="of noise and probes")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
     return parser.parse_args()
+
+
+def _take_texts(pretrained: Pretrained, path: str) -> None:
+    if pretrained.config.model.text_hidden_size is None:
+        raise UserError(
+            f"--val-text-cached-path: does nothing here; {pretrained.path} takes no text"
+        )
+    pretrained.config.data.val_text_cached_path = path
 
 
 @command
@@ -79,6 +92,8 @@ def main() -> None:
     pretrained = load_pretrained(flags.ckpt, flags.weights)
     if flags.val_cached_path is not None:
         pretrained.config.data.val_cached_path = flags.val_cached_path
+    if flags.val_text_cached_path is not None:
+        _take_texts(pretrained, flags.val_text_cached_path)
     with processes(flags.device) as group, torch.enable_grad():
         value = bits_per_dim(pretrained, flags.num_samples, flags.batch_size, flags.seed, group)
     sys.stdout.write(f"bits per dimension: {value:.4f}\n")

@@ -235,10 +235,21 @@ class DiT(nn.Module):
         return Condition(labels, text, mask).side(free=True)
 
     def drop_condition(self, cond: Condition | Tensor, generator: torch.Generator) -> Condition:
-        """`cond` with a share `label_dropout` of it replaced by the null condition."""
+        """`cond` with a share `label_dropout` of it replaced by the null condition.
+
+        Of samples with label and text as large a share of the labels besides: prompts have none.
+        """
         cond = Condition.of(cond)
-        draw = torch.rand(len(cond), generator=generator, device=cond.device)
-        return self.null_condition(cond).where(draw < self.config.label_dropout, cond)
+
+        def chosen() -> Tensor:
+            draw = torch.rand(len(cond), generator=generator, device=cond.device)
+            return draw < self.config.label_dropout
+
+        dropped = self.null_condition(cond).where(chosen(), cond)
+        if cond.labels is None or cond.text is None:
+            return dropped
+        labels = dropped.labels.masked_fill(chosen(), self.label_embed.null_class)
+        return replace(dropped, labels=labels)
 
     def _unpatchify(self, patches: Tensor, size: torch.Size) -> Tensor:
         """(B, S, p * p * C_out), channel fastest, to (B, C_out, H, W)."""

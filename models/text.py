@@ -118,8 +118,11 @@ class TextEmbedder(nn.Module):
         """Tokens (B, L, D) and the pooled text (B, D), or None, of `text` (B, L, E)."""
         rows = self.norm(text.to(self.norm.weight.dtype))
         tokens = self.proj(rows)
+        refined = tokens.to(rows.dtype)  # autocast leaves the residual stream alone
         for block in self.refiner:
-            tokens = block(tokens, mask)
+            refined = block(refined, mask)
+        # Rounded once for all blocks, which would each keep a copy of their own.
+        tokens = refined.to(tokens.dtype)
         return tokens, None if self.pool is None else self._pooled(rows, mask)
 
     def _pooled(self, rows: Tensor, mask: Tensor) -> Tensor:

@@ -19,15 +19,17 @@ GAP = 12
 FONT_SIZE = 15
 
 
-def captioned_grid(images: Tensor, texts: Sequence[str], columns: int | None = None) -> Tensor:
+def captioned_grid(
+    images: Tensor, texts: Sequence[str], each: int, columns: int | None = None
+) -> Tensor:
     """Groups of images (N, H, W, 3) uint8 with a text under each: one picture (H', W', 3).
 
     Args:
-        images: in the order of the texts, as many of each; the last group may have fewer.
-        texts: of the groups.
+        images: in the order of the texts; the last group may have fewer.
+        texts: of the groups, as many as there are.
+        each: images of a group.
         columns: groups in a row; by default as many as make the picture about square.
     """
-    each = math.ceil(len(images) / len(texts))
     zoom = max(1, SIDE // images.shape[2])
     groups = [
         _group(part, text, zoom) for part, text in zip(images.split(each), texts, strict=True)

@@ -205,8 +205,9 @@ def _write(plan: SetPlan, result: SampleSet, about: Measured, prompts: Prompts |
     if prompts is None:
         grid = image_grid(result.first)
     else:
-        shown = -(-len(result.first) // prompts.num_per_prompt)
-        grid = captioned_grid(result.first, prompts.texts[:shown])
+        each = prompts.num_per_prompt
+        shown = -(-len(result.first) // each)
+        grid = captioned_grid(result.first, prompts.texts[:shown], each)
         if plan.save == "geneval":
             _write_geneval(folder, prompts)
     save_png(grid, folder.grid, plan.hashes)

@@ -101,8 +101,8 @@ class Sampler:
         null = self.model.null_condition(cond)
         if self.negative is None:
             return null
-        rows = torch.zeros(len(cond), dtype=torch.int64)
-        text = self.negative.rows(rows).to(self.device)
+        rows = torch.zeros(len(cond), dtype=torch.int64, device=self.device)
+        text = self.negative.to(self.device).rows(rows)  # one row travels, at every step
         return replace(null, text=text.text, mask=text.mask)
 
 

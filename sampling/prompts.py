@@ -63,6 +63,10 @@ def prompts_of(flags: argparse.Namespace, checkpoint: Checkpoint) -> Prompts | N
     """
     asked = flags.prompt is not None or flags.prompts is not None
     if checkpoint.config.model.text_hidden_size is None:
+        if flags.save == "geneval":
+            raise ConfigError(
+                f"--save: geneval needs prompts, and {checkpoint.path} was not trained on captions"
+            )
         return None
     if not asked:
         raise ConfigError(
@@ -77,11 +81,22 @@ def prompts_of(flags: argparse.Namespace, checkpoint: Checkpoint) -> Prompts | N
         entries, source = _read(flags.prompts), str(flags.prompts)
     prompts = Prompts(entries, flags.num_per_prompt, flags.negative_prompt, source)
     for number, text in enumerate(prompts.texts, 1):
-        if not text.strip():
-            raise ConfigError(f"{source}: prompt {number} is empty")
+        _check(text, f"{source}: prompt {number}")
+    if prompts.negative:  # an empty one is as good as none
+        _check(prompts.negative, "--negative-prompt: it")
     if flags.save == "geneval":
         prompts.check_geneval()
     return prompts
+
+
+def _check(text: str, which: str) -> None:
+    """Refuse what no tokenizer takes."""
+    if not text.strip():
+        raise ConfigError(f"{which} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{which} holds half of a character: {text!r}") from error
 
 
 def _read(path: Path) -> list[str | dict[str, Any]]:
@@ -89,7 +104,8 @@ def _read(path: Path) -> list[str | dict[str, Any]]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ConfigError(f"--prompts: {path}: wanted a .txt or .jsonl file")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which knows more ends of lines than JSON and tables of captions do.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise ConfigError(f"--prompts: cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

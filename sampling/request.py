@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ GENERATOR_BYTES = 5000
 MOST_RECORDED = 2000
 """Prompts of a record of the routing, in which each has numbers of its own."""
 LONGEST_NAME = 200
-"""Characters of a folder's name; file systems allow 255 bytes, temporary names need a few."""
+"""Bytes of a folder's name; file systems allow 255, temporary names need a few."""
 
 
 @dataclass(frozen=True)
@@ -221,9 +222,11 @@ def _name(
         f"n{protocol.num_fid_samples}",
     ]
     name = "-".join(parts)
-    if len(name) <= LONGEST_NAME:
+    written = os.fsencode(name)
+    if len(written) <= LONGEST_NAME:
         return name
-    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    whole = written[: LONGEST_NAME - 9].decode(errors="ignore")  # no half of a character
+    return f"{whole}-{hashlib.sha256(written).hexdigest()[:8]}"
 
 
 def _named_prompts(prompts: Prompts) -> list[str]:

@@ -11,6 +11,7 @@ import shutil
 import zipfile
 import zlib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ class SetFolder:
 
     def tidy(self) -> None:
         """Remove what killed processes left; for the owner of the folder's lock."""
-        for folder in (self.path, self.parts, self.images):
+        geneval = self.geneval.glob("*"), self.geneval.glob("*/samples")
+        for folder in (self.path, self.parts, self.images, *chain(*geneval)):
             sweep(folder)
         if self.record.exists():
             shutil.rmtree(self.parts, ignore_errors=True)

@@ -53,7 +53,9 @@ class Looks:
         self.sharded = is_sharded(config, processes)
         self.validation = self.scores = None
         if config.train.val_every:
-            self.validation = Validation(config, objective, processes)
+            captions = data.conditions.captions
+            texts = None if captions is None else captions.facts
+            self.validation = Validation(config, objective, processes, texts)
         self.vae = self._load_vae()
         if config.evaluation.every:
             self.scores = SampleScores(config, objective, self.vae, data, processes)

@@ -190,7 +190,9 @@ class Trainer:
         log.info("%d steps in %s", steps, timedelta(seconds=round(seconds)))
         log.info("checkpoint: %s", checkpoints(self.run_dir)[0])
         log.info("log: tensorboard --logdir %s", self.run_dir)
-        log.info("next: torchrun sample_ddp.py --ckpt %s --num-fid-samples 100", self.run_dir)
+        text = self.config.model.text_hidden_size is not None
+        asked = '--prompt "TEXT"' if text else "--num-fid-samples 100"
+        log.info("next: torchrun sample_ddp.py --ckpt %s %s", self.run_dir, asked)
 
     def _step(self, batches: Iterator[Batch], telemetry: Telemetry) -> None:
         state = self.state

@@ -11,6 +11,7 @@ from core.logging import progress
 from core.rng import generator
 from core.types import Objective
 from data.sources import validation_data
+from data.text.facts import TextFacts
 from models.dit import DiT
 from training.interruption import StopRequest
 
@@ -29,10 +30,17 @@ class Validation:
         config: names the cache, the number of images and the block.
         objective: the loss.
         processes: share the blocks.
+        texts: of the encoder of the captions trained on, for a model of text.
     """
 
-    def __init__(self, config: Config, objective: Objective, processes: Processes):
-        self.data = validation_data(config, processes)
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        processes: Processes,
+        texts: TextFacts | None = None,
+    ):
+        self.data = validation_data(config, processes, texts)
         self.objective, self.processes = objective, processes
         self.count = min(config.train.num_val_samples, len(self.data))
         self.block = config.train.micro_batch_size

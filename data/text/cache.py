@@ -6,7 +6,7 @@ Shapes: L rows of a caption, E width of a row.
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from core.logging import progress
 from data.latents import LatentCache
 from data.manifest import stored_dtype
 from data.mapped import mapped
+from data.text.captions import first_without
 from data.text.facts import TextFacts
 from data.text.manifest import AGAIN, FIELD, TextManifest, read_manifest, shard_path
 
@@ -76,6 +77,19 @@ class TextCache:
 
     def choices(self, image: int) -> list[tuple[int, int]]:
         """(number of the caption, number of its source) for each caption of an image."""
+        offsets, captions, sources = self._entries()
+        if not 0 <= image < len(self):
+            raise IndexError(f"image {image} of {len(self)}")
+        places = slice(offsets[image], offsets[image + 1])
+        return list(zip(captions[places].tolist(), sources[places].tolist(), strict=True))
+
+    def first_without(self, sources: Collection[str]) -> int | None:
+        """The first image that has no caption of these sources; None if all have."""
+        offsets, _, numbers = self._entries()
+        return first_without(offsets, numbers, [self.sources.index(name) for name in sources])
+
+    def _entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the images: where their entries begin, and each entry's caption and source."""
         if self._index is None:
             images, entries = self.manifest.images, self.manifest.entries
             self._index = (
@@ -83,11 +97,7 @@ class TextCache:
                 self._whole("image-captions.npy", (entries,), np.dtype(np.int64)),
                 self._whole("image-sources.npy", (entries,), np.dtype(np.uint8)),
             )
-        offsets, captions, sources = self._index
-        if not 0 <= image < len(self):
-            raise IndexError(f"image {image} of {len(self)}")
-        places = slice(offsets[image], offsets[image + 1])
-        return list(zip(captions[places].tolist(), sources[places].tolist(), strict=True))
+        return self._index
 
     def text(self, caption: int) -> str:
         """The caption of a number."""

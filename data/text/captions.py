@@ -94,6 +94,18 @@ class Captions:
         ]
 
 
+def first_without(offsets: np.ndarray, sources: np.ndarray, wanted: Sequence[int]) -> int | None:
+    """The first image without a caption of the `wanted` sources; None if there is none.
+
+    Args:
+        offsets: (N + 1,) of the images' entries, at least one each.
+        sources: (M,) of the entries.
+        wanted: numbers of sources.
+    """
+    found = np.logical_or.reduceat(np.isin(sources, wanted), offsets[:-1])
+    return None if found.all() else int(found.argmin())
+
+
 def read_captions(options: CaptionOptions, names: Sequence[str]) -> Captions:
     """The captions of images.
 

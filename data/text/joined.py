@@ -1,7 +1,7 @@
 """Cached texts of several folders of images as one, and what fits to what."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 
 from torch import Tensor
@@ -69,6 +69,14 @@ class JoinedTexts:
             (first + caption, self.sources.index(part.sources[source]))
             for caption, source in part.choices(image - self._images[number])
         ]
+
+    def first_without(self, sources: Collection[str]) -> int | None:
+        """The first image that has no caption of these sources; None if all have."""
+        for first, part in zip(self._images, self.parts, strict=False):
+            image = part.first_without([name for name in sources if name in part.sources])
+            if image is not None:
+                return first + image
+        return None
 
     def rows(self, captions: Sequence[int]) -> list[Tensor]:
         """(L_i, E) of each caption."""

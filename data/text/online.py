@@ -1,6 +1,6 @@
 """Captions that are encoded while a model trains on them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from core.distributed import Processes
 from data.conditions import Choice
 from data.latents import LatentCache
 from data.online import Images
-from data.text.captions import CaptionOptions, Captions, read_captions
+from data.text.captions import CaptionOptions, Captions, first_without, read_captions
 from data.text.encoder import TextEncoder
 
 
@@ -41,6 +41,11 @@ class OnlineCaptions:
     def rows(self, captions: Sequence[int]) -> list[Tensor]:
         """(L_i, E) of each caption."""
         return self.encoder.encode([self.captions.texts[number] for number in captions])
+
+    def first_without(self, sources: Collection[str]) -> int | None:
+        """The first image that has no caption of these sources; None if all have."""
+        numbers = [self.sources.index(name) for name in sources]
+        return first_without(self.captions.offsets, self.captions.source_numbers, numbers)
 
 
 def online_captions(

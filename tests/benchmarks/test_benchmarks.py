@@ -42,12 +42,19 @@ def test_a_table_of_deepseek_layers_has_a_dense_one_of_the_same_activated_width(
     assert "deepseek, 512 tokens" in capsys.readouterr().out
 
 
-def test_a_table_of_steps(tmp_path, capsys):
-    config = tmp_path / "tiny.yaml"
-    config.write_text(
+TEXT = """data: {text_cached_path: texts, horizontal_flip: false}
+model: {text_hidden_size: 6, text_max_length: 5, num_classes: 0}
+"""
+
+
+@pytest.mark.parametrize("more", ["", TEXT])
+def test_a_table_of_steps(tmp_path, capsys, more):
+    base, config = tmp_path / "base.yaml", tmp_path / "tiny.yaml"
+    base.write_text(
         "model: {input_size: 4, hidden_size: 16, depth: 2, num_heads: 2, num_classes: 3, "
         "feed_forward: {num_experts: 2}}\n"
     )
+    config.write_text(f"base: base.yaml\n{more}")
     argv = ["--batch-size", "4", "--micro-batch-size", "2", "--repeats", "1", "--device", "cpu"]
     train_step.main([*argv, "--config", str(config), "--out", str(tmp_path / "step.json")])
     (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]

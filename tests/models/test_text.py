@@ -131,6 +131,33 @@ def test_every_block_sees_the_text_and_heeds_its_mask():
         assert (there > 1e-6).tolist() == [False, True, False]
 
 
+def test_autocast_leaves_the_residual_stream_of_the_refiner_alone():
+    model, cond = small(text_refiner=3).text_embed, text_of()
+    for block in model.refiner:
+        for layer in (block.attn.proj, block.mlp.fc2):
+            layer.weight.data.zero_()
+            layer.bias.data.fill_(2**-12)  # which 1 + 2^-12 in bf16 would lose
+    seen = []
+    for block in model.refiner:
+        block.register_forward_hook(lambda _, args, out: seen.append(out - args[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = model(cond.text, cond.mask)
+    assert tokens.dtype == torch.bfloat16
+    for moved in seen:
+        torch.testing.assert_close(moved, torch.full_like(moved, 2**-11), atol=1e-6, rtol=0)
+
+
+def test_a_class_beside_a_text_is_also_dropped_by_itself():
+    model = small(num_classes=5)
+    text = Condition.of_rows(rows_of(*[3] * 3000), 7)
+    cond = Condition(torch.arange(3000) % 5, text.text, text.mask)
+    dropped = model.drop_condition(cond, torch.Generator().manual_seed(0))
+    alone = (dropped.labels == 5) & ~dropped.free
+    assert (dropped.labels[dropped.free] == 5).all()
+    assert abs(alone.float().mean() - 0.09) < 0.02
+    assert torch.equal(dropped.text[alone], text.text[alone])
+
+
 def test_dropped_captions_are_the_empty_one_with_its_own_mask():
     model, (x, t) = small().eval(), inputs()
     model.config.label_dropout = 0.999999

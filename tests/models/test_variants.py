@@ -132,16 +132,16 @@ def test_starting_from_another_checkpoint(tmp_path):
     assert load_pretrained(tmp_path / "old").config.model.num_classes == 5
 
     same, model = run("same", 5, init_from=checkpoint)
-    initialise(same, model)
+    initialise(same, model, None)
     assert torch.equal(model.final.linear.weight, old.final.linear.weight)
     other, model = run("other", 3, init_from=checkpoint)
     with pytest.raises(UserError, match=r"label_embed\.table\.weight is \(6, 8\) in the file"):
-        initialise(other, model)
+        initialise(other, model, None)
     other.init_fresh = "labels"
-    initialise(other, model)
+    initialise(other, model, None)
     assert torch.equal(model.blocks[1].attn.qkv.weight, old.blocks[1].attn.qkv.weight)
     other.init_fresh = "both"
     _, fresh = run("fresh", 3)
     before = fresh.final.linear.weight.clone()
-    initialise(other, fresh)
+    initialise(other, fresh, None)
     assert torch.equal(fresh.final.linear.weight, before)

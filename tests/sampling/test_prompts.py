@@ -1,6 +1,7 @@
 """Sets of images by prompts: noise, blocks, records, layouts, negative prompts, refusals."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -49,7 +50,7 @@ def sample(trained_t2i, tmp_path):
 
 def prompts_file(folder, lines=PROMPTS, name="prompts.txt"):
     path = folder / name
-    path.write_text("".join(f"{line}\n" for line in lines))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
@@ -130,7 +131,7 @@ def test_geneval_layout(sample, tmp_path):
 
 def test_the_grid_has_a_line_under_each_group():
     images = torch.zeros(5, 32, 32, 3, dtype=torch.uint8)
-    grid = captioned_grid(images, ["first", "second", "third"], columns=3)
+    grid = captioned_grid(images, ["first", "second", "third"], each=2, columns=3)
     dark = (grid == 0).all(dim=-1)
     assert dark[: 12 + 96, 12 : 12 + 96].sum() == 96 * 96  # shown three times as large
     under = dark[12 + 96 + 4 :]
@@ -138,6 +139,54 @@ def test_the_grid_has_a_line_under_each_group():
     widths = grid.shape[1]
     thirds = [under[:, i * widths // 3 : (i + 1) * widths // 3].any() for i in range(3)]
     assert all(thirds)
+
+
+def test_the_grid_shows_every_image_over_its_own_prompt(sample, monkeypatch):
+    seen = []
+
+    def noted(images, texts, each):
+        seen.append((images.shape[0], texts, each))
+        return captioned_grid(images, texts, each)
+
+    monkeypatch.setattr("sampling.command.captioned_grid", noted)
+    monkeypatch.setattr("sampling.generate.GRID_IMAGES", 5)
+    sample("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-per-prompt", 4)
+    assert seen == [(5, PROMPTS[:2], 4)]
+    shades = torch.tensor([50] * 4 + [200]).byte().view(5, 1, 1, 1).expand(5, 96, 96, 3)
+    grid = captioned_grid(shades, PROMPTS[:2], 4, columns=2)
+    left, right = grid.split([grid.shape[1] // 2, grid.shape[1] - grid.shape[1] // 2], dim=1)
+    assert (left == 50).any()
+    assert not (left == 200).all(dim=-1)[: 12 + 96].any()
+    assert (right == 200).all(dim=-1)[: 12 + 96].any()
+    assert not (right == 50).all(dim=-1)[: 12 + 96].any()
+
+
+def test_lines_end_where_tables_of_captions_end_them(sample, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red dog\u2028and a cat\r\ntwo green cat\n".encode())
+    folder = sample("--prompts", path, "--num-per-prompt", 1)
+    assert read_set(folder)[1]["prompts"] == ["a red dog\u2028and a cat", "two green cat"]
+    path = prompts_file(tmp_path, ['{"prompt": "a red\u2028dog"}'], "prompts.jsonl")
+    folder = sample("--prompts", path, "--num-per-prompt", 1)
+    assert read_set(folder)[1]["prompts"] == [{"prompt": "a red\u2028dog"}]
+
+
+def test_a_folder_is_named_by_any_file(sample, tmp_path):
+    for name in ("犬" * 80 + ".txt", "my prompts = 1.txt"):
+        folder = sample("--prompts", prompts_file(tmp_path, PROMPTS[:1], name))
+        assert read_set(folder)[1]["prompts"] == PROMPTS[:1]
+        assert len(os.fsencode(folder.name)) <= 200
+
+
+def test_what_a_kill_left_of_an_image_is_removed(sample, tmp_path):
+    entry = {"tag": "", "include": [], "prompt": "a red dog"}
+    path = prompts_file(tmp_path, [json.dumps(entry)], "metadata.jsonl")
+    asked = "--prompts", path, "--save", "geneval"
+    folder = sample(*asked)
+    for place in ("geneval/00000", "geneval/00000/samples"):
+        (folder / place / ".00000.png.1.tmp").touch()
+    assert sample(*asked) == folder
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_prompts_beyond_the_last_begin_again():
@@ -177,6 +226,11 @@ def test_a_long_prompt_names_what_is_cut(sample, caplog):
             "--negative-prompt: does nothing here; it needs guidance",
         ),
         (["--prompt", "a", "--text-encoder", "absent"], "absent"),
+        (["--prompt", "a \udc80"], "--prompt: prompt 1 holds half of a character"),
+        (
+            ["--prompt", "a", "--negative-prompt", "\udc80"],
+            "--negative-prompt: it holds half of a character",
+        ),
     ],
 )
 def test_refusals(sample, flags, message, tmp_path):
@@ -202,6 +256,12 @@ def test_files_that_hold_no_prompts(sample, tmp_path, name, lines, message):
 def test_prompts_for_a_checkpoint_of_classes(sample, trained):
     with pytest.raises(ConfigError, match="--prompt: does nothing here; it needs a checkpoint tr"):
         sample("--prompt", "a", ckpt=trained)
+
+
+def test_the_layout_of_geneval_for_a_checkpoint_of_classes(sample, trained, tmp_path):
+    with pytest.raises(ConfigError, match=r"geneval needs prompts, and .* not trained on"):
+        sample("--save", "geneval", "--classes", 0, ckpt=trained)
+    assert not (tmp_path / "samples").exists()
 
 
 def test_another_encoder_is_refused_and_the_same_one_elsewhere_is_not(

@@ -1,5 +1,6 @@
 """Which caption an epoch takes, joined text caches, and what does not fit."""
 
+import json
 from collections import Counter
 
 import pytest
@@ -12,9 +13,15 @@ from data.conditions import Conditions
 from data.latents import LatentCache
 from data.sources import training_data
 from data.text.cache import TextCache
+from data.text.caching import TextOptions, cache_text
+from data.text.captions import CaptionOptions, read_captions
+from data.text.encoder import TextEncoder
 from data.text.joined import joined
+from data.text.online import OnlineCaptions
 
 ALONE = Processes(0, 1, torch.device("cpu"))
+ONLINE = [f"--data.{word}" for word in ("text_source=online", "captions=txt")]
+ONLINE += ["--data.text_encoder=x", "--data.data_path=y"]
 LABELS = torch.zeros(1, dtype=torch.int64)
 
 
@@ -70,6 +77,30 @@ def test_joined_texts_are_those_of_their_images(texts, text_cache_folder, cache_
         joined([texts], [latents, latents])
 
 
+def test_images_without_a_caption_of_any_weight_are_found_at_the_start(
+    texts, cache_folder, text_encoder_folder, tmp_path
+):
+    names, path = LatentCache(cache_folder).names(), tmp_path / "captions.jsonl"
+    rows = [{"img": name, "alt": "a dog"} for name in names]
+    rows[4]["alt"] = ["a cat", "two cat"]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    captions = CaptionOptions(str(path), None, "img", ("alt",))
+    folders = str(cache_folder), str(tmp_path / "texts"), str(text_encoder_folder)
+    cache_text(TextOptions(captions, *folders, max_length=12), ALONE)
+    both = joined([texts, TextCache(tmp_path / "texts")], [LatentCache(cache_folder)] * 2)
+    message = r"caption_choice: image 23 of .* has captions of alt alone, none with a weight"
+    for weights in ({"long": 1.0}, {"short": 1.0, "alt": 0.0}):
+        with pytest.raises(UserError, match=message):
+            Conditions(0, False, both, choice=weights)
+    drawn = Conditions(0, False, both, choice={"short": 1.0, "alt": 1.0}, length=12)
+    cond = drawn.fetch([(0, image) for image in range(46)], LABELS)
+    assert cond.mask.sum(dim=1).min() > 2
+    assert read_captions(captions, names).sources == ["alt"]
+    online = OnlineCaptions("x", read_captions(captions, names), TextEncoder(folders[2], 12))
+    assert online.first_without(["alt"]) is None
+    assert online.first_without([]) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -98,6 +129,10 @@ def test_texts_that_do_not_fit_the_config(tiny_t2i, flags, message):
         (["--data.caption_choice", "often"], "data.caption_choice: 'often' is not allowed"),
         (["--data.captions", "txt"], "data.captions: has no effect here"),
         (["--data.text_source", "online"], "data.captions: data.text_source online needs it"),
+        (
+            [*ONLINE, "--data.cached_path", "[a, b]"],
+            "data.cached_path: data.text_source online reads the captions of one folder",
+        ),
         (["--train.val_every", "2", "--data.val_cached_path", "x"], "needs data.val_text_cached"),
         (["--model.text_hidden_size", "null"], "sampling.cfg_scale: 1.5 needs classes or text"),
         (["--model.text_refiner", "-1"], "model.text_refiner: -1"),
@@ -111,8 +146,7 @@ def test_keys_that_do_not_fit_each_other(tiny_t2i, flags, message):
 def test_cached_and_online_texts_are_the_same(tiny_t2i, text_cache_folder, text_encoder_folder):
     cached = training_data(parse_config(["--config", str(tiny_t2i)], "train.py"), ALONE)
     flags = {
-        "data.text_source": "online",
-        "data.text_cached_path": "null",
+        "data.text_source": "online",  # the file's text_cached_path does not count then
         "data.captions": text_cache_folder.parent / "captions.jsonl",
         "data.path_key": "img",
         "data.caption_key": "short,long",
@@ -121,6 +155,7 @@ def test_cached_and_online_texts_are_the_same(tiny_t2i, text_cache_folder, text_
     }
     argv = ["--config", str(tiny_t2i), *(f"--{key}={value}" for key, value in flags.items())]
     online = training_data(parse_config(argv, "train.py"), ALONE)
+    assert isinstance(online.conditions.captions, OnlineCaptions)
     assert online.conditions.text_facts() == cached.conditions.text_facts()
     assert torch.equal(online.conditions.null, cached.conditions.null)
     items = [(epoch, index) for epoch in (0, 1) for index in range(23)]

@@ -1,5 +1,6 @@
 """Training on captions: resuming, starting from a model of classes, looks, other encoders."""
 
+import contextlib
 import json
 
 import pytest
@@ -13,6 +14,7 @@ from core.errors import ConfigError, UserError
 from data.text.cache import TextCache
 from data.text.caching import TextOptions, cache_text
 from data.text.captions import CaptionOptions
+from evaluations import likelihood
 from models.build import build_model
 from models.pretrained import find_checkpoint, load_pretrained, read_state
 from training.checkpoint import initialise
@@ -73,6 +75,33 @@ def other_texts(cache_folder, text_cache_folder, tmp_path):
     return tmp_path / "texts"
 
 
+def test_held_out_captions_are_by_the_encoder_of_those_trained_on(
+    flags, cache_folder, text_cache_folder, tmp_path
+):
+    texts = other_texts(cache_folder, text_cache_folder, tmp_path)
+    held_out = {"data__val_cached_path": cache_folder, "data__val_text_cached_path": texts}
+    message = "data.val_text_cached_path: .* have different text encoders: encoder_hash"
+    with pytest.raises(UserError, match=message):
+        run(flags(train__val_every=2, **held_out))
+
+
+def test_likelihood_of_captioned_images(
+    trained_t2i, cache_folder, text_cache_folder, tmp_path, monkeypatch, capsys
+):
+    argv = ["likelihood", "--ckpt", trained_t2i, "--num-samples", 2, "--device", "cpu"]
+    argv += ["--val-cached-path", cache_folder]
+    monkeypatch.setattr("sys.argv", list(map(str, argv)))
+    with pytest.raises(SystemExit):
+        likelihood.main()
+    assert "error: --val-text-cached-path: a model of text needs" in capsys.readouterr().err
+    texts = other_texts(cache_folder, text_cache_folder, tmp_path)
+    for path, expected in ((texts, "error: --val-text"), (text_cache_folder, "bits per")):
+        monkeypatch.setattr("sys.argv", [*map(str, argv), "--val-text-cached-path", str(path)])
+        with contextlib.suppress(SystemExit):
+            likelihood.main()
+        assert expected in "".join(capsys.readouterr())
+
+
 def test_a_run_does_not_go_on_with_another_encoder(
     flags, cache_folder, text_cache_folder, tmp_path
 ):
@@ -100,8 +129,10 @@ def test_a_start_from_a_model_of_classes_begins_as_that_model(flags, trained, cl
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
 
 
-def test_fine_tuning_takes_everything(flags, trained_t2i, tmp_path):
-    run(flags(init_from=trained_t2i, train__max_steps=1, optim__lr=1e-30))
+def test_fine_tuning_takes_everything(flags, trained_t2i, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        run(flags(init_from=trained_t2i, train__max_steps=1, optim__lr=1e-30))
+    assert f'next: torchrun sample_ddp.py --ckpt {tmp_path / "run"} --prompt "TEXT"' in caplog.text
     before, after = final(trained_t2i, "ema"), final(tmp_path / "run", "model")
     for name, value in before.items():
         if "threshold" not in name:
