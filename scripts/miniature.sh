@@ -16,7 +16,7 @@ for seed in 0 1 2; do
         $launch train.py --config quickstart_t2i --resume auto --run_dir "$run" --seed $seed \
             --model.feed_forward.name $layer --train.max_steps "$steps" --train.sample_every 0
         $launch sample_ddp.py --ckpt "$run" --prompts $data/scenes/prompts.jsonl \
-            --per-proc-batch-size 100 --sample-dir "$run/samples"
+            --num-per-prompt 2 --per-proc-batch-size 100 --sample-dir "$run/samples"
         python -m evaluations.scene_scores "$run"/samples/*/* --finder $data/finder.safetensors \
             --out "$run/results.jsonl"
     done
