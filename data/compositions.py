@@ -69,8 +69,8 @@ def unseen_color(digit: str, color: str) -> bool:
 
 
 def unseen_relation(digit: str, relation: str) -> bool:
-    """Whether a digit never stands so to another one in training: one relation of each digit."""
-    return list(RELATIONS).index(relation) == DIGITS.index(digit) % len(RELATIONS)
+    """Whether a digit never stands so to another one in training: a relation of the first four."""
+    return list(RELATIONS).index(relation) == DIGITS.index(digit)
 
 
 class Draw:
@@ -150,7 +150,8 @@ TASKS: dict[str, Callable[[Draw], Scene]] = dict(
 
 
 def _a(words: str) -> str:
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    vowel = words[0] in "aeiou" and not words.startswith("one")  # spoken, it begins with a w
+    return f"{'an' if vowel else 'a'} {words}"
 
 
 def scene(seed: int, purpose: str, index: int, seen_only: bool) -> Scene:

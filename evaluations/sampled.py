@@ -97,6 +97,11 @@ def _check_images(request: Request, network: Network, metrics: dict[str, Metric]
     """The network must take the images that the checkpoint makes, and so many of them."""
     config, count = request.checkpoint.config, request.protocol.num_fid_samples
     size, classes = config.data.image_size, config.model.num_classes
+    if "accuracy" in metrics and request.prompts is not None:
+        raise ConfigError(
+            f"--features: {network.name} tells classes apart, which prompts are not; allowed: "
+            "inception, or python -m evaluations.scene_scores for scenes of digits"
+        )
     if network.side not in (None, size):
         raise ConfigError(
             f"--features: {network.name} needs images of {network.side} x {network.side}, "

@@ -21,9 +21,9 @@ stage $shared/heldout.jsonl "Score real held-out scenes: the ceiling" \
     --out $shared/heldout.jsonl
 for scale in 1 "$guidance"; do
     set="$run/samples/*/$checkpoint-ema-*-cfg$scale-*prompts=prompts.*"
-    stage "$set/set.json" "Sample 300 prompts at guidance $scale, four images of each" \
+    stage "$set/set.json" "Sample 300 prompts at guidance $scale, two images of each" \
         $launch sample_ddp.py --ckpt "$train" --prompts $shared/scenes/prompts.jsonl \
-        --cfg-scale $scale --per-proc-batch-size 100 --sample-dir "$run/samples" --capacity
+        --num-per-prompt 2 --cfg-scale $scale --per-proc-batch-size 100 --sample-dir "$run/samples" --capacity
     stage "$run/results_cfg$scale.jsonl" "Score them by GenEval's rules" \
         python -m evaluations.scene_scores $set --finder $shared/finder.safetensors \
         --out "$run/results_cfg$scale.jsonl"

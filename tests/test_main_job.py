@@ -330,9 +330,10 @@ def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("quickstart", "runs/quickstart/train 2000 latents"),
-        ("quickstart_dsmoe", "runs/quickstart_dsmoe/train 2000 latents"),
-        ("quickstart_jitmoe", "runs/quickstart_jitmoe/train 2000 pixels"),
+        ("quickstart", "runs/quickstart/train 2000 latents 2"),
+        ("quickstart_dsmoe", "runs/quickstart_dsmoe/train 2000 latents 2"),
+        ("quickstart_jitmoe", "runs/quickstart_jitmoe/train 2000 pixels 2"),
+        ("quickstart_t2i", "runs/quickstart_t2i/train 2800 text 5"),
     ],
 )
 def test_what_the_quickstart_asks_of_its_configs(name, wanted):
@@ -367,7 +368,7 @@ def test_the_quickstart_takes_no_config_whose_folder_is_not_its_own(tmp_path, na
 
 def test_the_readmes_python_example(trained, tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text()
-    block = re.search(r"```python\n(from data\.vae.*?)```", text, re.DOTALL)[1]
+    block = re.search(r"```python\n(from core\.cond.*?)```", text, re.DOTALL)[1]
     block = block.replace("runs/quickstart/train", str(trained))
     monkeypatch.chdir(tmp_path)
     names = {}

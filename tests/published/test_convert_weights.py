@@ -266,6 +266,7 @@ SIZE = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
             r"zero_masked_groups: False has no counterpart",
         ),
         ({"bottleneck_size": 4}, r"model\.rope: 'none' has no counterpart in the code of JiT"),
+        ({"text_hidden_size": 8}, r"model\.text_hidden_size: 8 has no counterpart: no code of a"),
     ],
 )
 def test_models_that_the_official_code_cannot_compute_are_not_exported(changes, wanted):

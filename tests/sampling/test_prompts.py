@@ -16,6 +16,7 @@ from core.conditions import Condition
 from core.distributed import Processes
 from core.errors import ConfigError, UserError
 from data.vae import VAE, to_uint8
+from evaluations.digit_classifier import DigitClassifier, save_classifier
 from evaluations.sampled import flags_parser, sample_and_score
 from models.pretrained import load_pretrained
 from sampling.captioned import captioned_grid
@@ -293,3 +294,14 @@ def test_two_processes_and_a_kill_change_no_image(sample, trained_t2i, tmp_path)
     assert program.end()[0] == 0
     (killed,) = (tmp_path / "killed").glob("*/*")
     assert np.array_equal(images_of(killed)[0], wanted)
+
+
+def test_scores_of_classes_are_refused_and_fid_is_not(sample, scoring, tmp_path):
+    asked = "--prompt", "a dog", "--num-per-prompt", 8
+    classifier = tmp_path / "classifier.safetensors"
+    save_classifier(classifier, DigitClassifier(("0", "1")), {"heldout_accuracy": 0.98})
+    digits = "--metrics", scoring[1], "--features", "digits", "--classifier", classifier
+    with pytest.raises(ConfigError, match=r"--features: .* tells classes apart, which prompts are"):
+        sample(*asked, *digits)
+    scores = read_set(sample(*asked, *scoring))[1]["scores"]
+    assert scores["FID"] > 0
