@@ -64,11 +64,11 @@ def test_batches_are_the_images_themselves(pixel_config, image_root):
     config.data.horizontal_flip = False
     data = training_data(config, ALONE)
     assert type(data) is ImageDataset
-    images, labels = data.finish(data.__getitems__([(0, 5), (3, 20)]))
+    images, cond = data.finish(data.__getitems__([(0, 5), (3, 20)]))
     paths = [sorted(image_root.rglob("*.png"))[i] for i in (5, 20)]
     wanted = torch.stack([to_float(load_image(str(path), 16)) for path in paths])
     assert torch.equal(images, wanted)
-    assert labels.tolist() == [int(path.parent.name[-1]) for path in paths]
+    assert cond.labels.tolist() == [int(path.parent.name[-1]) for path in paths]
 
 
 def test_mirrored_half_the_time(pixel_config):
