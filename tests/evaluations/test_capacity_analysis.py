@@ -11,6 +11,7 @@ from PIL import Image
 
 from config.load import parse_config, to_plain
 from core.errors import UserError
+from core.conditions import Condition
 from core.types import ModelOutput, RoutingPlan, RoutingRecord
 from evaluations import capacity
 from evaluations.capacity import average, by_class, numbers, over_classes, read_run
@@ -22,7 +23,7 @@ NULL = 3
 
 
 def null(cond):
-    return torch.full_like(cond, NULL)
+    return Condition(torch.full_like(cond.labels, NULL)).side(free=True)
 
 
 def record_of(counts):
@@ -39,17 +40,16 @@ class Scripted:
     """Routes by class: a sample of class c gives c + 1 and 1 pairs; unconditional ones 0 and 2."""
 
     def __call__(self, x, t, cond):
-        counts = [[0, 2] if c == NULL else [c + 1, 1] for c in cond.tolist()]
+        counts = [[0, 2] if c == NULL else [c + 1, 1] for c in cond.labels.tolist()]
         return ModelOutput(x, [record_of(counts), record_of([[1, 1]] * len(counts))])
 
 
 def call(recorder, labels, t, joint=False, guided=True):
     """One evaluation as `Guided` makes it."""
-    cond = torch.tensor(labels)
+    cond = Condition.of_labels(labels)
     x, times = torch.zeros(len(labels), 1, 2, 2), torch.full((len(labels),), t)
     if joint:
-        both = torch.cat([cond, null(cond)])
-        recorder(torch.cat([x, x]), torch.cat([times, times]), both)
+        recorder(torch.cat([x, x]), torch.cat([times, times]), cond.cat(null(cond)))
         return
     recorder(x, times, cond)
     if guided:
@@ -58,7 +58,7 @@ def call(recorder, labels, t, joint=False, guided=True):
 
 @pytest.mark.parametrize("joint", [False, True])
 def test_counts_by_evaluation_half_layer_sample_and_expert(joint):
-    recorder = RoutingRecorder(Scripted(), null, 3)
+    recorder = RoutingRecorder(Scripted(), 3)
     for t in (0.0, 0.5, 0.5):  # a solver may look at one time twice
         call(recorder, [0, 2, 1], t, joint)
     arrays = recorder.arrays(kept=2)
@@ -72,7 +72,7 @@ def test_counts_by_evaluation_half_layer_sample_and_expert(joint):
 
 
 def test_halves_that_are_not_computed_are_left_out():
-    recorder = RoutingRecorder(Scripted(), null, 2)
+    recorder = RoutingRecorder(Scripted(), 2)
     call(recorder, [0, 1], 0.0, guided=False)
     call(recorder, [0, 1], 0.5)
     arrays = recorder.arrays(2)
@@ -85,7 +85,7 @@ def test_halves_that_are_not_computed_are_left_out():
 
 
 def test_a_model_without_classes_is_conditional():
-    recorder = RoutingRecorder(Scripted(), lambda cond: cond, 2)
+    recorder = RoutingRecorder(Scripted(), 2)
     for t in (0.0, 0.5, 0.5):
         call(recorder, [NULL, NULL], t, guided=False)
     assert len(recorder.arrays(2)["times"]) == 3
@@ -94,7 +94,7 @@ def test_a_model_without_classes_is_conditional():
 def table_of(*blocks):
     table = None
     for labels in blocks:
-        recorder = RoutingRecorder(Scripted(), null, len(labels))
+        recorder = RoutingRecorder(Scripted(), len(labels))
         for t in (0.0, 0.5):
             call(recorder, labels, t)
         arrays = recorder.arrays(len(labels))
@@ -117,7 +117,7 @@ def test_numbers_of_a_table():
 
 def test_blocks_of_other_steps_are_refused():
     table = table_of([0, 1])
-    recorder = RoutingRecorder(Scripted(), null, 2)
+    recorder = RoutingRecorder(Scripted(), 2)
     call(recorder, [0, 1], 0.25)
     with pytest.raises(UserError, match="use a solver of fixed steps"):
         table.add(recorder.arrays(2), np.array([0, 1]))
