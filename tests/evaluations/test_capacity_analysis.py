@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from config.load import parse_config, to_plain
-from core.errors import UserError
 from core.conditions import Condition
+from core.errors import UserError
 from core.types import ModelOutput, RoutingPlan, RoutingRecord
 from evaluations import capacity
 from evaluations.capacity import average, by_class, numbers, over_classes, read_run
