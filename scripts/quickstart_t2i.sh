@@ -4,7 +4,7 @@ shared=runs/quickstart_t2i
 stage $shared/scenes "Scenes of handwritten digits with captions" \
     python -m data.scenes --out $shared/scenes
 stage $shared/vae "A small VAE for them" \
-    python -m data.tiny_vae --data $shared/scenes/train --val $shared/scenes/val --steps 700 \
+    python -m data.tiny_vae --data $shared/scenes/train --val $shared/scenes/val --steps 1000 \
     --out $shared/vae
 stage $shared/encoder "A small text encoder for their captions" \
     python -m data.tiny_text --captions $shared/scenes/train/metadata.jsonl --steps 400 \
