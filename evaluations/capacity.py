@@ -22,8 +22,9 @@ from core.logging import get_logger
 from evaluations.features import open_npz
 from evaluations.figures import class_figure, expert_figure, map_figure, save_figure, step_figure
 from models.summary import summarize
+from sampling.marks import check_file
 from sampling.recorder import RoutingTable
-from sampling.sets import Record, SetFolder, check_file, hashes_of, read_set
+from sampling.sets import Record, SetFolder, hashes_of, read_set
 
 SIDES = ("conditional", "unconditional")
 

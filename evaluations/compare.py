@@ -18,8 +18,9 @@ from core.limits import check_out_folder
 from core.logging import get_logger
 from evaluations.figures import save_figure
 from models.summary import summarize
+from sampling.marks import check_files
 from sampling.needs import NotingParser, refuse_typed
-from sampling.sets import RECORD_FILE, Record, check_files, read_set
+from sampling.sets import RECORD_FILE, Record, read_set
 
 SCORES = ("FID", "sFID", "IS", "precision", "recall", "FD-digits", "accuracy")
 METRICS_FILE = "metrics.jsonl"

@@ -8,7 +8,8 @@ from core.npz import NpzReader
 from evaluations.features import Network, image_batches, image_files, open_npz, read_image
 from evaluations.reference import PAIRS, check_statistics
 from evaluations.scoring import Metric, check_count
-from sampling.sets import SetFolder, check_file, hashes_of, marks, read_set
+from sampling.marks import check_file, marks
+from sampling.sets import SetFolder, hashes_of, read_set
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from data.images import SUFFIXES
 from data.scenes import METADATA
 from evaluations.features import image_batches, open_npz, read_image
 from evaluations.json_lines import read_lines
-from sampling.sets import Record, SetFolder, check_file, hashes_of, read_set
+from sampling.marks import check_file
+from sampling.sets import Record, SetFolder, hashes_of, read_set
 
 GENEVAL = "geneval"
 """In the folder of a set: the images in GenEval's layout, in place of the archive."""

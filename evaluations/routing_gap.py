@@ -18,9 +18,10 @@ from evaluations.features import open_npz
 from evaluations.sampled import SCORING, flags_parser
 from sampling.command import sample_set
 from sampling.grid import image_grid, save_png
+from sampling.marks import check_file
 from sampling.needs import refuse_typed
 from sampling.request import Request, request_of
-from sampling.sets import SetFolder, check_file, read_set, shared_name
+from sampling.sets import SetFolder, read_set, shared_name
 
 RULES = ("topk", "dynamic")
 DECIDED = {"per_proc_batch_size": 1, "num_per_class": 1, "save": "npz", "capacity": False}

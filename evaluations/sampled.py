@@ -32,9 +32,10 @@ from evaluations.scoring import (
 )
 from sampling.command import Features, sample_set, write_features
 from sampling.flags import ABOUT, sampling_parser
+from sampling.marks import check_file
 from sampling.needs import NotingParser, refuse_typed
 from sampling.request import Request, request_of
-from sampling.sets import Record, SetFolder, check_file, hashes_of
+from sampling.sets import Record, SetFolder, hashes_of
 
 log = get_logger("evaluations.sampled")
 

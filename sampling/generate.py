@@ -25,9 +25,10 @@ from models.dit import DiT
 from models.pretrained import Pretrained
 from sampling.grid import save_png
 from sampling.guidance import CapacityMeter, Guided
+from sampling.marks import mark
 from sampling.objectives import build_objective
 from sampling.recorder import RoutingRecorder, RoutingTable
-from sampling.sets import SetFolder, mark
+from sampling.sets import SetFolder
 from sampling.wanted import Wanted
 
 GRID_IMAGES = 100

@@ -8,18 +8,13 @@ the settings.
 import hashlib
 import json
 import shutil
-import zipfile
-import zlib
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from core.errors import ConfigError, UserError
 from core.files import complete_file, sweep
-from core.npz import NpzReader, NpzWriter
 
 RECORD_FILE = "set.json"
 FIGURES = ("steps", "experts", "maps", "classes")
@@ -142,7 +137,7 @@ class SetFolder:
         if finished:
             found, wanted = self.record, settings
         try:
-            other = differences(_read_json(found), wanted)
+            other = differences(read_json(found), wanted)
         except UserError as error:
             raise ConfigError(f"--sample-dir: {error}; --overwrite replaces the set") from error
         if other:
@@ -160,7 +155,7 @@ class SetFolder:
         """
         wanted = settings | blocks
         try:
-            if not self.record.exists() and not differences(_read_json(self.plan), wanted):
+            if not self.record.exists() and not differences(read_json(self.plan), wanted):
                 return
         except UserError:
             pass
@@ -204,7 +199,7 @@ def differences(there: Record, here: Record) -> list[str]:
     """The first settings `here` that are other ones `there`, as `key is X there, Y here`."""
     there, here = _flat(there), _flat(here)
     texts = [
-        f"{key} is {_short(there.get(key))} there, {_short(value)} here"
+        f"{key} is {short(there.get(key))} there, {short(value)} here"
         for key, value in here.items()
         if there.get(key) != value
     ]
@@ -222,7 +217,8 @@ def _flat(settings: Record, before: str = "") -> Record:
     return flat
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as a line of an error shows it."""
     text = "nothing" if value is None else json.dumps(value).strip('"')
     return text if len(text) <= 24 else f"{text[:12]}..."
 
@@ -237,14 +233,19 @@ def read_set(path: Path) -> tuple[SetFolder, Record]:
     if not folder.record.is_file():
         begun = "; it is not finished" if folder.parts.is_dir() else ""
         raise UserError(f"{path}: no set of samples; wanted: a folder with {RECORD_FILE}{begun}")
-    record = _read_json(folder.record)
+    record = read_json(folder.record)
     missing = [name for name in (*HASHES, "config") if name not in record]
     if missing:
         raise UserError(f"{folder.record}: no record of a set of samples: no {missing[0]}")
     return folder, record
 
 
-def _read_json(path: Path) -> Record:
+def read_json(path: Path) -> Record:
+    """A file of settings.
+
+    Raises:
+        UserError: it is not readable, or holds none.
+    """
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -252,60 +253,6 @@ def _read_json(path: Path) -> Record:
     if not isinstance(found, dict):
         raise UserError(f"{path}: not readable: holds no settings")
     return found
-
-
-def mark(archive: NpzWriter, hashes: dict[str, str]) -> None:
-    """Add to an archive of arrays which set it belongs to."""
-    for name, value in hashes.items():
-        text = np.array(value)
-        archive.begin(name, text.dtype, ())
-        archive.append(text)
-
-
-def marks(path: Path) -> dict[str, str]:
-    """What `mark` wrote, and other texts (0-d arrays), of an `.npz` file.
-
-    Raises:
-        UserError: the file is not readable.
-    """
-    try:
-        with NpzReader(path) as file:
-            shapes = {name: file.describe(name) for name in file.names}
-            texts = [n for n, (shape, kind) in shapes.items() if shape == () and kind.kind == "U"]
-            return {name: str(file.read(name)) for name in texts}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: no readable .npz file: {error}") from error
-
-
-def check_file(path: Path, record: Record) -> None:
-    """Refuse an `.npz` that does not belong to the record's set.
-
-    Raises:
-        UserError: naming both hashes.
-    """
-    found = marks(path)
-    for name, wanted in hashes_of(record).items():
-        if found.get(name) != wanted:
-            raise UserError(
-                f"{path}: belongs to another set: {name} is {_short(found.get(name))} there, "
-                f"{_short(wanted)} in {RECORD_FILE} beside it; sample with --overwrite"
-            )
-
-
-def check_files(folder: SetFolder, record: Record) -> None:
-    """`check_file` of all that the set has.
-
-    Raises:
-        UserError: naming file and hashes.
-    """
-    for path in (folder.archive, folder.features, folder.routing):
-        if path.exists():
-            check_file(path, record)
-    if folder.numbers.exists():
-        found = _read_json(folder.numbers)
-        other = differences(found, hashes_of(record))
-        if other:
-            raise UserError(f"{folder.numbers}: belongs to another set: {other[0]}")
 
 
 def shared_name(names: list[str]) -> str:

@@ -7,7 +7,8 @@ stage $shared/vae "A small VAE for them" \
     python -m data.tiny_vae --data $shared/scenes/train --val $shared/scenes/val --steps 1000 \
     --out $shared/vae
 stage $shared/encoder "A small text encoder for their captions" \
-    python -m data.tiny_text --captions $shared/scenes/train/metadata.jsonl --out $shared/encoder
+    python -m data.tiny_text --captions $shared/scenes/train/metadata.jsonl --steps 400 \
+    --out $shared/encoder
 stage $shared/texts/manifest.json "Cache latents and encoded captions" \
     $launch main_cache.py --img_size 32 --vae_path $shared/vae --num_workers 0 --shard_size 1024 \
     --data_path $shared/scenes/train --cached_path $shared/cache --captions metadata \

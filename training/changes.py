@@ -9,6 +9,7 @@ from config.schema import Config
 from core.distributed import Processes
 from core.errors import ConfigError
 from core.logging import get_logger
+from data.dataset import TrainingData
 from data.text.facts import TextFacts
 
 log: logging.Logger = get_logger("checkpoint")
@@ -24,6 +25,25 @@ OF_THE_START = {"run_dir", "resume", "init_from", "init_fresh"}
 
 LATENTS = ("scaling_factor", "shift_factor", "latent_channels", "class_names", "vae_hash")
 """Facts of the latents that decide what the weights mean."""
+
+
+def facts_of(data: TrainingData, labels: bool) -> dict[str, Any]:
+    """What a checkpoint says of the latents and texts that it was trained on.
+
+    Args:
+        data: trained on.
+        labels: whether its classes mean something to the model.
+    """
+    source = data.source
+    return {
+        "vae_path": source.vae_path,
+        "scaling_factor": source.scaling_factor,
+        "shift_factor": source.shift_factor,
+        "latent_channels": source.latent_shape[0],
+        "class_names": source.class_names if labels else [],
+        "vae_hash": source.vae_hash,
+        "text": data.conditions.text_facts(),
+    }
 
 
 def check_same_model(found: Config, wanted: Config, folder: Path) -> None:

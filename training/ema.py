@@ -5,9 +5,6 @@ from torch import Tensor, nn
 
 from training.parallel import local
 
-GROUP = 64
-"""Tensors averaged by one kernel: more would need more memory for the differences."""
-
 
 class EMA:
     """A second model whose parameters are averages over the training steps.
@@ -38,10 +35,8 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
         averages, live = (local(m.parameters()) for m in (self.model, model))
         taken = averages[0].new_ones(()) if finite is None else finite
-        for first in range(0, len(live), GROUP):
-            group = slice(first, first + GROUP)
-            ways = torch._foreach_sub(live[group], averages[group])
-            torch._foreach_mul_(ways, taken * (1 - decay))
-            torch._foreach_add_(averages[group], ways)
+        weight = taken * (1 - decay)
+        for average, now in zip(averages, live, strict=True):
+            average.lerp_(now, weight)  # one pass over both, on the device's own word
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

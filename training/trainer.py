@@ -29,6 +29,7 @@ from models.sealed import checkpoints
 from models.summary import summarize
 from sampling.objectives import build_objective
 from training.attempts import record_attempt
+from training.changes import facts_of
 from training.checkpoint import (
     TrainingState,
     check_start,
@@ -247,16 +248,7 @@ class Trainer:
             name: EMA(average, decay, optim.ema_warmup)
             for (name, decay), average in zip(decays.items(), copies, strict=True)
         }
-        source = self.data.source
-        latents = {
-            "vae_path": source.vae_path,
-            "scaling_factor": source.scaling_factor,
-            "shift_factor": source.shift_factor,
-            "latent_channels": source.latent_shape[0],
-            "class_names": source.class_names if config.model.num_classes else [],
-            "vae_hash": source.vae_hash,
-            "text": self.data.conditions.text_facts(),
-        }
+        latents = facts_of(self.data, config.model.num_classes > 0)
         optimizer = build_optimizer(model, optim)
         return TrainingState(config, model, emas, optimizer, latents, len(self.data))
 

@@ -49,8 +49,7 @@ def call(recorder, labels, t, joint=False, guided=True):
     cond = Condition.of_labels(labels)
     x, times = torch.zeros(len(labels), 1, 2, 2), torch.full((len(labels),), t)
     if joint:
-        both = cond.cat(null(cond))
-        recorder(torch.cat([x, x]), torch.cat([times, times]), both)
+        recorder(torch.cat([x, x]), torch.cat([times, times]), cond.cat(null(cond)))
         return
     recorder(x, times, cond)
     if guided:

@@ -30,7 +30,8 @@ from evaluations.digit_classifier import DigitClassifier, save_classifier
 from evaluations.scoring import METRICS
 from models.pretrained import find_checkpoint, load_pretrained
 from models.sealed import MANIFEST_FILE, seal
-from sampling.sets import RECORD_FILE, hashes_of, marks
+from sampling.marks import marks
+from sampling.sets import RECORD_FILE, hashes_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--num-fid-samples", 5, "--per-proc-batch-size", 4, "--num-sampling-steps", 2]

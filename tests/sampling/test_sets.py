@@ -14,14 +14,12 @@ from core.errors import ConfigError, UserError
 from core.limits import check_disk, check_memory, check_new_folder, check_out_file, check_out_folder
 from core.npz import NpzWriter
 from sampling.flags import resolve, sampling_parser
+from sampling.marks import check_file, mark, marks
 from sampling.needs import NEEDS
 from sampling.sets import (
     SetFolder,
-    check_file,
     differences,
     hashes_of,
-    mark,
-    marks,
     read_set,
     run_name,
     set_hash,
