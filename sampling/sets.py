@@ -8,11 +8,12 @@ the settings.
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from config.load import build_config, to_plain
 from core.errors import ConfigError, UserError
 from core.files import complete_file, sweep
 
@@ -137,7 +138,7 @@ class SetFolder:
         if finished:
             found, wanted = self.record, settings
         try:
-            other = differences(read_json(found), wanted)
+            other = differences(_completed(read_json(found)), wanted)
         except UserError as error:
             raise ConfigError(f"--sample-dir: {error}; --overwrite replaces the set") from error
         if other:
@@ -182,6 +183,15 @@ def run_name(checkpoint: Path) -> str:
     parts = folder.parent.parent.parts
     last = len(parts) - 1 - parts[::-1].index("runs") if "runs" in parts else len(parts)
     return "_".join(parts[last + 1 :] or parts[-1:])
+
+
+def _completed(record: Record) -> Record:
+    """A record with the keys that configs have had since it was written, at their defaults."""
+    try:
+        config = build_config(record["config"])
+    except (KeyError, ConfigError):  # what differs is said by whoever compares
+        return record
+    return record | {"config": json.loads(json.dumps(to_plain(asdict(config))))}
 
 
 def set_hash(settings: Record) -> str:

@@ -141,6 +141,16 @@ def test_a_finished_set_says_so_and_samples_nothing(sample, tmp_path, caplog, mo
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+def test_a_set_from_before_a_key_of_the_config_is_no_other_one(sample, tmp_path, caplog):
+    sample()
+    folder, record = only_set(tmp_path)
+    del record["config"]["model"]["text_pooling"], record["config"]["data"]["caption_choice"]
+    (folder / RECORD_FILE).write_text(json.dumps(record))
+    with caplog.at_level("INFO", logger="diffmoe"):
+        sample()
+    assert caplog.messages[-1] == f"{folder}: finished before; nothing is sampled"
+
+
 def test_another_run_of_the_same_name_is_refused_until_it_may_replace(
     sample, refused, trained, same_name, tmp_path
 ):
