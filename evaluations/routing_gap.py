@@ -1,4 +1,4 @@
-"""python -m evaluations.routing_gap --ckpt RUN --classes 207,360,... [FLAGS]
+"""python -m evaluations.routing_gap --ckpt RUN --classes 207,360 [FLAGS]
 
 Static against dynamic routing where nothing but one sample shares the pool (as Fig. 6): the same
 noise and classes at batch size 1, above with every expert taking its top tokens, below with the
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from core.distributed import NO_HURRY, Processes, processes
-from core.errors import command
+from core.errors import ConfigError, command
 from core.logging import get_logger
 from evaluations.features import open_npz
 from evaluations.sampled import SCORING, flags_parser
@@ -24,7 +24,10 @@ from sampling.request import Request, request_of
 from sampling.sets import SetFolder, read_set, shared_name
 
 RULES = ("topk", "dynamic")
-DECIDED = {"per_proc_batch_size": 1, "num_per_class": 1, "save": "npz", "capacity": False}
+DECIDED = {
+    **{"per_proc_batch_size": 1, "num_per_class": 1, "num_per_prompt": 1},
+    **{"save": "npz", "capacity": False},
+}
 OTHERS = ("inference", "fixed_threshold", "num_fid_samples", "labels", "metrics", *SCORING)
 """Flags that are of no use, beside those of DECIDED."""
 
@@ -32,8 +35,10 @@ OTHERS = ("inference", "fixed_threshold", "num_fid_samples", "labels", "metrics"
 def _parse() -> argparse.Namespace:
     parser = flags_parser("evaluations.routing_gap", __doc__)
     parser.hide(*DECIDED, *OTHERS)
-    parser.require("ckpt", "classes")
+    parser.require("ckpt")
     flags = parser.parse_args()
+    if (flags.classes, flags.prompt, flags.prompts) == (None, None, None):
+        raise ConfigError("--classes: needed, such as 207,360; of a model of text --prompt TEXT")
     refuse_typed(flags, (*DECIDED, *OTHERS), "does nothing here; the program decides it")
     return flags
 
@@ -67,7 +72,7 @@ def main() -> None:
             name = shared_name([folder.path.name for folder in folders])
             path = folders[0].path.parent / f"routing_gap-{name}.png"
             rows = [_images(folder) for folder in folders]
-            save_png(image_grid(torch.cat(rows), columns=len(flags.classes)), path)
+            save_png(image_grid(torch.cat(rows), columns=len(rows[0])), path)
             get_logger("evaluations.routing_gap").info("%s: above %s, below %s", path, *RULES)
 
 

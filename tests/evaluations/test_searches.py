@@ -144,4 +144,4 @@ def test_routing_gap_shows_both_rules_of_the_same_noise(trained, tmp_path, monke
     assert abs(away).max() <= 1  # threads of the two differ
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, routing_gap, *argv[:-2])
-    assert "arguments are required: --classes" in capsys.readouterr().err
+    assert "--classes: needed, such as 207,360; of a model of text --p" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from core.conditions import Condition
 from core.distributed import Processes
 from core.errors import ConfigError, UserError
 from data.vae import VAE, to_uint8
+from evaluations import routing_gap
 from evaluations.digit_classifier import DigitClassifier, save_classifier
 from evaluations.sampled import flags_parser, sample_and_score
 from models.pretrained import load_pretrained
@@ -305,3 +306,12 @@ def test_scores_of_classes_are_refused_and_fid_is_not(sample, scoring, tmp_path)
         sample(*asked, *digits)
     scores = read_set(sample(*asked, *scoring))[1]["scores"]
     assert scores["FID"] > 0
+
+
+def test_both_routing_rules_of_a_prompt(trained_t2i, tmp_path, monkeypatch):
+    argv = ["--ckpt", trained_t2i, "--sample-dir", tmp_path, "--device", "cpu"]
+    argv += ["--prompt", "a red dog", "--prompt", "one cat"]
+    monkeypatch.setattr("sys.argv", ["prog", *map(str, argv)])
+    routing_gap.main()
+    picture = np.asarray(Image.open(next(tmp_path.glob("*/routing_gap-*n2.png"))))
+    assert picture.shape == (2 * 16 + 2, 2 * 16 + 2, 3)
