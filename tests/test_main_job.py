@@ -333,7 +333,7 @@ def test_the_quickstarts_report_reads_what_the_stages_wrote(trained, tmp_path):
         ("quickstart", "runs/quickstart/train 2000 latents 2"),
         ("quickstart_dsmoe", "runs/quickstart_dsmoe/train 2000 latents 2"),
         ("quickstart_jitmoe", "runs/quickstart_jitmoe/train 2000 pixels 2"),
-        ("quickstart_t2i", "runs/quickstart_t2i/train 2800 text 5"),
+        ("quickstart_t2i", "runs/quickstart_t2i/train 2200 text 5"),
     ],
 )
 def test_what_the_quickstart_asks_of_its_configs(name, wanted):
