@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from config.objective import FlowConfig, SamplingConfig
+from core.conditions import Condition
 from core.distributed import Processes
 from core.types import LossTerms, ModelOutput, RoutingRecord
 from models.dit import DiT
@@ -153,7 +154,7 @@ class ModelCase(Case):
             return
         x, t, y = self.inputs("cfg_x", "cfg_t", "cfg_y")
         half = len(x) // 2
-        x, t, cond, null = x[:half], t[:half], y[:half], y[half:]
+        x, t, cond, null = x[:half], t[:half], y[:half], Condition(y[half:])
         scale = self.config["cfg_scale"]
         both: list[ModelOutput] = []
 

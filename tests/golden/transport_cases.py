@@ -5,6 +5,7 @@ from case import Case, LinearModel, Tensors
 from torch import Tensor
 
 from config.objective import FlowConfig, SamplingConfig
+from core.conditions import Condition
 from core.types import ModelOutput
 from sampling.guidance import Guided
 from transport import ode, sde
@@ -40,7 +41,9 @@ class RectifiedFlowSample(Case):
             overshoot=True,
         )
         with torch.no_grad():
-            return Flow().sample(Guided(model, lambda _: null, settings), z, y, settings, None)
+            return Flow().sample(
+                Guided(model, lambda _: Condition(null), settings), z, y, settings, None
+            )
 
 
 def flow(path: str, prediction: str, weighting: str = "none", regular_eps: float = 0.0) -> Flow:
