@@ -22,7 +22,8 @@ def read_lines(path: Path, what: str, read: Callable[[dict], T]) -> list[T]:
         UserError: naming file, line and what is wrong.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines, which takes characters within a JSON text for ends of lines.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: no {what}: byte {error.start} is no UTF-8") from error
     except OSError as error:

@@ -109,3 +109,11 @@ def test_bad_results_are_named(content, wanted, tmp_path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: {path}: {wanted}")
     assert error.count("\n") == 1
+
+
+def test_only_newlines_end_a_line(tmp_path):
+    """U+2028 may stand in a JSON text as it is; evaluators that do not escape it write it so."""
+    path = tmp_path / "results.jsonl"
+    entry = json.dumps(line(prompt="a red\u2028one"), ensure_ascii=False)
+    path.write_text(f"{entry}\r\n{entry}\n", encoding="utf-8", newline="")
+    assert len(read_results(path)) == 2
