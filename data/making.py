@@ -1,11 +1,13 @@
-"""Folders of data that one process makes from beginning to end."""
+"""Folders of data that one process makes from beginning to end, small trained models among them."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from core.distributed import Processes
 from core.errors import UserError
@@ -56,3 +58,19 @@ def refuse_taken(out: Path, wanted: str, field: str = "--out") -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{field}: {out} exists and {wanted}; remove it or choose another folder")
+
+
+def warm_cosine(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """The learning rates of a small training: up for a twentieth of the steps, then down to zero.
+
+    Args:
+        optimizer: whose learning rate is the highest one.
+        steps: of the training.
+    """
+    warmup = max(1, steps // 20)
+
+    def factor(step: int) -> float:
+        rest = max(0.0, (step - warmup) / max(1, steps - warmup))
+        return min((step + 1) / warmup, 0.5 * (1.0 + math.cos(math.pi * rest)))
+
+    return LambdaLR(optimizer, factor)

@@ -7,7 +7,6 @@ knows the captions' words; any other is [UNK]. Saved by `save_pretrained`, it se
 """
 
 import argparse
-import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -25,7 +24,7 @@ from core.errors import UserError, command
 from core.logging import get_logger, progress
 from core.rng import derive_seed, generator
 from data.hub import quiet
-from data.making import made_alone, refuse_taken
+from data.making import made_alone, refuse_taken, warm_cosine
 from data.text.loading import need_transformers
 from data.text.tables import SUFFIXES, captions_of, entries
 
@@ -157,13 +156,7 @@ def train(
         group: for the device and the progress bar.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    warmup = max(1, options.steps // 20)
-
-    def factor(step: int) -> float:
-        rest = max(0.0, (step - warmup) / max(1, options.steps - warmup))
-        return min((step + 1) / warmup, 0.5 * (1.0 + math.cos(math.pi * rest)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = warm_cosine(optimizer, options.steps)
     draws = generator(options.seed, "tiny text training")
     losses: list[float] = []
     bar = progress(range(options.steps), group, "tiny text", "step")

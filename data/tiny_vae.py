@@ -6,7 +6,6 @@ Train a small AutoencoderKL on small images, about a minute on two CPU cores for
 """
 
 import argparse
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from core.errors import UserError, command
 from core.logging import get_logger, progress
 from core.rng import derive_seed, generator
 from data.images import ImageDataset, ImageFolder
-from data.making import made_alone, refuse_taken
+from data.making import made_alone, refuse_taken, warm_cosine
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -87,13 +86,7 @@ def train(
         group: for the device and the progress bar.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr)
-    warmup = max(1, options.steps // 20)
-
-    def factor(step: int) -> float:
-        rest = max(0.0, (step - warmup) / max(1, options.steps - warmup))
-        return min((step + 1) / warmup, 0.5 * (1.0 + math.cos(math.pi * rest)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = warm_cosine(optimizer, options.steps)
     draws = generator(options.seed, "tiny VAE training")
     bar = progress(range(options.steps), group, "tiny VAE", "step")
     for _ in bar:
