@@ -1,9 +1,9 @@
-"""Writing safetensors files as a stream that is hashed on its way to the disk."""
+"""Safetensors files as a stream that is hashed on its way to the disk, and hashes of tensors."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,3 +77,12 @@ def _pieces(tensors: dict[str, Tensor], metadata: dict[str, str] | None) -> Iter
     for name in names:
         flat = tensors[name].detach().cpu().contiguous().flatten()
         yield memoryview(flat.view(torch.uint8).numpy())
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values, whatever files hold them."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -3,7 +3,6 @@
 Shapes: B batch, C latent channels, H and W of the image, h = H / factor and w = W / factor.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from core.errors import UserError
 from core.precision import exact_float32
+from core.tensors import tensors_hash
 from data.hub import is_local, on_hub, quiet
 
 if TYPE_CHECKING:
@@ -51,11 +51,7 @@ class VAE:
 
     def weights_hash(self) -> str:
         """SHA-256 over names and values of all weights: the same for any file that holds them."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return tensors_hash(self.model.state_dict())
 
     @torch.no_grad()
     def encode_moments(self, images: Tensor) -> Tensor:

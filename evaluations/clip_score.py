@@ -7,7 +7,6 @@ with metadata.jsonl.
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from core.files import complete_file
 from core.limits import check_memory, check_out_file
 from core.logging import get_logger, progress
 from core.precision import exact_float32
+from core.tensors import tensors_hash
 from data.hub import is_local, on_hub, quiet
 from evaluations.evaluate import add_batch_flags, device_of
 from evaluations.prompted import Prompted, read_prompted
@@ -64,11 +64,7 @@ class Clip:
 
     def weights_hash(self) -> str:
         """SHA-256 over names and values of all weights: the same for any file that holds them."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return tensors_hash(self.model.state_dict())
 
     def too_long(self, texts: list[str]) -> int:
         """How many texts have more tokens than the model reads."""
