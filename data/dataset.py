@@ -40,19 +40,19 @@ class TrainingData(Protocol):
         ...
 
 
-class LatentDataset(Dataset):
-    """Draws from stored moments.
+class _Drawing(Dataset):
+    """What all data sets here know.
 
     Args:
-        source: where the moments are.
+        source: where the moments or images are.
         seed: of the draws.
-        horizontal_flip: take the mirror image's latent with probability one half.
+        horizontal_flip: take the mirror image with probability one half.
         conditions: what the samples are conditioned on; by default their labels.
     """
 
     def __init__(
         self,
-        source: Moments,
+        source: Moments | Images,
         seed: int,
         horizontal_flip: bool = True,
         conditions: Conditions | None = None,
@@ -62,6 +62,10 @@ class LatentDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.source)
+
+
+class LatentDataset(_Drawing):
+    """Draws from stored moments."""
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Condition | Drawn]:
         """One latent (C, h, w), and what its condition is made of."""
@@ -83,26 +87,8 @@ class LatentDataset(Dataset):
         return latents, self.conditions.finish(cond)
 
 
-class ImageDataset(Dataset):
-    """Images themselves, for models in pixel space; loader processes read them.
-
-    Args:
-        source: the images.
-        seed, horizontal_flip, conditions: see `LatentDataset`.
-    """
-
-    def __init__(
-        self,
-        source: Images,
-        seed: int,
-        horizontal_flip: bool = True,
-        conditions: Conditions | None = None,
-    ):
-        self.source, self.seed, self.horizontal_flip = source, seed, horizontal_flip
-        self.conditions = conditions or Conditions(seed)
-
-    def __len__(self) -> int:
-        return len(self.source)
+class ImageDataset(_Drawing):
+    """Images themselves, for models in pixel space; loader processes read them."""
 
     def __getitems__(self, items: Items) -> tuple:
         """Images (B, 3, H, W) uint8, each in its view, and what their conditions are made of."""

@@ -206,8 +206,8 @@ class DiT(nn.Module):
             labels = torch.full((count,), self.label_embed.null_class, device=device)
         if free is None:
             free = torch.zeros(count, dtype=torch.bool, device=device)
-        if self.config.num_classes:
-            free = free | ((labels == self.label_embed.null_class) & (cond.text is None))
+        if self.config.num_classes and cond.text is None:
+            free = free | (labels == self.label_embed.null_class)
         text, mask = cond.text, cond.mask
         if text is None and self.text_embed is not None:
             text, mask = self._null_text(count)
@@ -237,7 +237,8 @@ class DiT(nn.Module):
     def drop_condition(self, cond: Condition | Tensor, generator: torch.Generator) -> Condition:
         """`cond` with a share `label_dropout` of it replaced by the null condition.
 
-        Of samples with label and text as large a share of the labels besides: prompts have none.
+        Where there are label and text, a share of the labels is dropped by itself besides, since
+        prompts come without a class.
         """
         cond = Condition.of(cond)
 

@@ -1,6 +1,8 @@
 """How a model is spread over processes and made to compute: DDP, FSDP2, compilation."""
 
+import dataclasses
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,10 +16,35 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from config.schema import Config
+from config.validate import fitting_micro_batch
 from core.distributed import Processes
+from core.logging import get_logger
 from core.types import ModelOutput, RoutingPlan, RoutingRecord
 from models.build import build_model
 from models.dit import DiT
+
+log: logging.Logger = get_logger("train")
+
+
+def shared_evenly(config: Config, processes: Processes) -> Config:
+    """The config with a micro-batch that this number of processes shares a step by.
+
+    A smaller one is the same training with other draws, since `validate` lets it through only
+    where routing does not see the batch.
+    """
+    fitting = fitting_micro_batch(config, processes.world_size)
+    if fitting == config.train.micro_batch_size:
+        return config
+    balanced = getattr(config.model.feed_forward, "balance_loss_weight", 0) > 0
+    log.info(
+        "train.micro_batch_size: %d instead of %d, so that %d processes share %d images%s",
+        *(fitting, config.train.micro_batch_size),
+        *(processes.world_size, config.train.global_batch_size),
+        "; the balance loss is that of the smaller ones" if balanced else "",
+    )
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, micro_batch_size=fitting)
+    )
 
 
 def is_sharded(config: Config, processes: Processes) -> bool:

@@ -1,7 +1,6 @@
 """The training loop."""
 
 import copy
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 
 from config.schema import Config
-from config.validate import fitting_micro_batch
 from core.distributed import Processes, losses_named
 from core.errors import ConfigError, UserError
 from core.files import sweep
@@ -44,7 +42,7 @@ from training.ema import EMA
 from training.interruption import StopRequest
 from training.looks import Looks
 from training.optim import build_optimizer, learning_rate
-from training.parallel import build_sharded, is_sharded, prepare
+from training.parallel import build_sharded, is_sharded, prepare, shared_evenly
 from training.profiling import Profiler
 from training.saving import CheckpointWriter
 from training.step import StepResult, TrainStep
@@ -70,27 +68,6 @@ def train(config: Config, processes: Processes) -> None:
         Trainer(config, processes, lock.check).fit()
 
 
-def _shared_evenly(config: Config, processes: Processes) -> Config:
-    """The config with a micro-batch that this number of processes shares a step by.
-
-    A smaller one is the same training with other draws, since `validate` lets it through only
-    where routing does not see the batch.
-    """
-    fitting = fitting_micro_batch(config, processes.world_size)
-    if fitting == config.train.micro_batch_size:
-        return config
-    balanced = getattr(config.model.feed_forward, "balance_loss_weight", 0) > 0
-    log.info(
-        "train.micro_batch_size: %d instead of %d, so that %d processes share %d images%s",
-        *(fitting, config.train.micro_batch_size),
-        *(processes.world_size, config.train.global_batch_size),
-        "; the balance loss is that of the smaller ones" if balanced else "",
-    )
-    return dataclasses.replace(
-        config, train=dataclasses.replace(config.train, micro_batch_size=fitting)
-    )
-
-
 class Trainer:
     """One run: model, averages, optimizer and data of this process.
 
@@ -104,7 +81,7 @@ class Trainer:
         self, config: Config, processes: Processes, check: Callable[[], None] = lambda: None
     ):
         set_tf32(config.train.tf32)
-        config = _shared_evenly(config, processes)
+        config = shared_evenly(config, processes)
         self.config, self.processes, self.check = config, processes, check
         self.run_dir = Path(config.run_dir)
         self.data = training_data(config, processes)
