@@ -154,6 +154,12 @@ NEEDS = (
     ),
     Need(
         "model.feed_forward",
+        "hidden_split",
+        lambda c: c.model.feed_forward.intermediate_size is None,
+        "model.feed_forward.intermediate_size null",
+    ),
+    Need(
+        "model.feed_forward",
         "fixed_threshold",
         lambda c: _layer("inference")(c) == "fixed",
         "model.feed_forward.inference fixed",

@@ -35,6 +35,8 @@ class MoEConfig:
         num_experts: experts in each MoE layer, N of the paper.
         expert_mlp: kind of the experts; by default model.mlp.
         intermediate_size: hidden width of an expert; by default that of the dense layers.
+        hidden_split: into so many parts that width falls by default: as many narrow experts of a
+            token cost what one wide one does.
         shared_mlp: a dense MLP that every token goes through besides, or `none`, or `identity`,
             which adds the layer's input.
         shared_intermediate_size: hidden width of the shared MLP.
@@ -46,6 +48,7 @@ class MoEConfig:
     num_experts: int = 16
     expert_mlp: MLP | None = None
     intermediate_size: int | None = None
+    hidden_split: int = 1
     shared_mlp: Literal["none", "identity"] | MLP = "none"
     shared_intermediate_size: int = 0
     router_init: Literal["published", "xavier"] = "published"
@@ -281,7 +284,8 @@ class ModelConfig:
 
     def expert_width(self) -> int:
         """Hidden width of an expert."""
-        return self.feed_forward.intermediate_size or self.dense_width()
+        layer = self.feed_forward
+        return layer.intermediate_size or self.dense_width() // layer.hidden_split
 
     def has_experts(self, block: int) -> bool:
         """Whether block number `block` has the configured layer instead of a dense one."""

@@ -22,6 +22,7 @@ from config.objective import (
     ObjectiveConfig,
     SamplingConfig,
 )
+from config.race import RaceConfig
 
 
 @dataclass
@@ -276,6 +277,7 @@ FEED_FORWARDS = {
     "expert_choice": ExpertChoiceConfig,
     "diffmoe": DiffMoEConfig,
     "deepseek": DeepSeekConfig,
+    "race": RaceConfig,
 }
 
 CHOICES = {"model.feed_forward": FEED_FORWARDS, "objective": OBJECTIVES}

@@ -3,6 +3,7 @@
 SIZES = {
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
     "B": {"hidden_size": 768, "depth": 12, "num_heads": 12},
+    "M": {"hidden_size": 960, "depth": 16, "num_heads": 16},  # Expert Race's
     "L": {"hidden_size": 1024, "depth": 24, "num_heads": 16},
     "XL": {"hidden_size": 1152, "depth": 28, "num_heads": 16},
     # The paper prints only the parameter counts of these two (951M, 1353M); shapes inferred.

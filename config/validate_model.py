@@ -7,6 +7,7 @@ from config.model import (
     MoEConfig,
     TokenChoiceConfig,
 )
+from config.race import RaceConfig
 from core.errors import ConfigError
 
 AT = "model.feed_forward"
@@ -40,10 +41,12 @@ def check_model(model: ModelConfig, micro_batch_size: int) -> None:
         _check_widths(model, layer)
     if isinstance(layer, ExpertChoiceConfig):
         _check_expert_choice(layer, tokens * (micro_batch_size if layer.pool == "batch" else 1))
-    if isinstance(layer, TokenChoiceConfig | DeepSeekConfig):
+    if isinstance(layer, TokenChoiceConfig | DeepSeekConfig | RaceConfig):
         _check_top_k(layer, tokens * micro_batch_size)
     if isinstance(layer, DeepSeekConfig):
         _check_groups(layer)
+    if isinstance(layer, RaceConfig):
+        _check_race(layer)
 
 
 def least_parameters(model: ModelConfig) -> int:
@@ -78,6 +81,11 @@ def _check_ranges(model: ModelConfig) -> None:
         value = getattr(model, key)
         require(0 <= value < 1, f"model.{key}: {value} is not in [0, 1)")
     require(model.mlp_ratio > 0, f"model.mlp_ratio: {model.mlp_ratio} must be above 0")
+    split, width = getattr(model.feed_forward, "hidden_split", 1), model.dense_width()
+    require(
+        split >= 1 and width % split == 0,
+        f"{AT}.hidden_split: {split} does not divide {width}, the hidden width of the dense layers",
+    )
 
 
 def _check_attention(model: ModelConfig) -> None:
@@ -155,7 +163,7 @@ def _check_widths(model: ModelConfig, layer: MoEConfig) -> None:
     )
 
 
-def _check_top_k(layer: TokenChoiceConfig | DeepSeekConfig, tokens: int) -> None:
+def _check_top_k(layer: TokenChoiceConfig | DeepSeekConfig | RaceConfig, tokens: int) -> None:
     require(
         1 <= layer.top_k <= layer.num_experts,
         f"{AT}.top_k: {layer.top_k} is not in 1 ... num_experts ({layer.num_experts})",
@@ -192,6 +200,16 @@ def _check_groups(layer: DeepSeekConfig) -> None:
         layer.bias_update_rate >= 0,
         f"{AT}.bias_update_rate: {layer.bias_update_rate} is negative",
     )
+
+
+def _check_race(layer: RaceConfig) -> None:
+    require(
+        0 <= layer.threshold_decay < 1,
+        f"{AT}.threshold_decay: {layer.threshold_decay} is not in [0, 1)",
+    )
+    for key in ("similarity_loss_weight", "plr_loss_weight"):
+        weight = getattr(layer, key)
+        require(weight >= 0, f"{AT}.{key}: {weight} is negative")
 
 
 def _check_expert_choice(layer: ExpertChoiceConfig, pool: int) -> None:

@@ -125,12 +125,15 @@ class RoutingRecord:
         num_tokens: tokens of one sample, S.
         num_context: the first so many of them are not of the image, but of its class.
         losses: auxiliary losses by name, scalars already multiplied by their weight.
-        quantiles: (E,) k-th largest capacity prediction of each expert (Eq. 17), detached;
-            None where the layer keeps no thresholds or is not training.
+        quantiles: (E,) k-th largest capacity prediction of each expert (Eq. 17), or score that
+            won a race, detached; None where the layer keeps no thresholds or is not training.
         capacity_logits: (B * S, E) output of the capacity predictor before the sigmoid, detached;
             None without one.
         capacity_targets: (B * S, E) 1 where the expert took the token (Eq. 13), or None.
         plan: which tokens went where, for maps over the image; its gates carry no gradient.
+        prediction: (B, S, F) what a head of the layer makes of the training target, which the
+            trainer compares it with; None without a head or in evaluation.
+        prediction_weight: of the mean squared error of that.
     """
 
     counts: Tensor
@@ -141,6 +144,8 @@ class RoutingRecord:
     capacity_targets: Tensor | None = None
     plan: RoutingPlan | None = None
     num_context: int = 0
+    prediction: Tensor | None = None
+    prediction_weight: float = 0.0
 
     @classmethod
     def of(cls, plan: RoutingPlan, x: Tensor, context: RouterContext) -> "RoutingRecord":
@@ -152,6 +157,11 @@ class RoutingRecord:
     def token_mask(self) -> Tensor:
         """(B * S, E) 1 where the expert takes the token."""
         return self.plan.table(torch.ones_like(self.plan.gate), len(self.counts) * self.num_tokens)
+
+    def plr_loss(self, target: Tensor) -> Tensor:
+        """Weighted error of the layer's own prediction of `target` (B, image tokens, F)."""
+        error = self.prediction[:, self.num_context :] - target.to(self.prediction.dtype)
+        return self.prediction_weight * error.square().mean()
 
     def capacity_per_sample(self) -> Tensor:
         """(B,) computed pairs per token of each sample: Eq. 8 averaged over the experts."""
@@ -181,12 +191,14 @@ class LossTerms:
         named: (B,) each part of it, for the log.
         routing: the model's records, handed on unread.
         noise_level: (B,) where on the path the samples were: 0 is data, 1 is noise.
+        target: (B, C, H, W) what the prediction is compared with.
     """
 
     per_sample: Tensor
     named: dict[str, Tensor]
     routing: list[RoutingRecord]
     noise_level: Tensor
+    target: Tensor
 
 
 Draw = Callable[[], Tensor]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from config.race import RaceConfig
 from config.schema import DeepSeekConfig, ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
 from models.dit import DiT
 from models.feed_forward import build_mlp
@@ -11,6 +12,7 @@ from models.moe.capacity import CapacityPredictor
 from models.moe.deepseek import DeepSeekRouter
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
+from models.moe.race import RaceRouter
 from models.moe.routers import ExpertChoiceRouter, TokenChoiceRouter
 
 
@@ -46,6 +48,13 @@ def _expert_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     return _moe(config, ExpertChoiceRouter(config.hidden_size, layer, predictor), dropout)
 
 
+def _race(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
+    layer: RaceConfig = config.feed_forward
+    target = config.patch_size**2 * config.in_channels
+    router = RaceRouter(config.hidden_size, config.hidden_size, layer, target)
+    return _moe(config, router, dropout)
+
+
 def _moe(config: ModelConfig, router: nn.Module, dropout: float) -> MoEFeedForward:
     """The layer around `router`."""
     layer, D = config.feed_forward, config.hidden_size
@@ -69,6 +78,7 @@ FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
     "expert_choice": _expert_choice,
     "diffmoe": _expert_choice,  # the same layer: pool of the batch, with a predictor
     "deepseek": _deepseek,
+    "race": _race,
 }
 """One line for each feed-forward layer, which takes the model's config and the block's dropout;
 its options are the dataclass of that name in `config.schema.FEED_FORWARDS`."""

@@ -251,6 +251,13 @@ class DiT(nn.Module):
         labels = dropped.labels.masked_fill(chosen(), self.label_embed.null_class)
         return replace(dropped, labels=labels)
 
+    def patchify(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, S, p * p * C), channel fastest, in the order of the tokens."""
+        B, C, H, W = images.shape
+        p = self.config.patch_size
+        grid = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
+        return grid.reshape(B, -1, p * p * C)
+
     def _unpatchify(self, patches: Tensor, size: torch.Size) -> Tensor:
         """(B, S, p * p * C_out), channel fastest, to (B, C_out, H, W)."""
         p, (H, W) = self.config.patch_size, size

@@ -60,9 +60,12 @@ class Flow:
         noise = self.config.noise_scale * noise
         output = model(self.path.interpolate(x, noise, t), t, cond)
         prediction = output.prediction[:, : x.shape[1]].float()
-        error = self._error(prediction, x, noise, t).square().flatten(1).mean(dim=1)
+        target = self.target(x, noise, t)
+        if self.config.prediction == "score":  # in the noise's units
+            prediction = self.path.sigma(expand(t, x)) * prediction
+        error = (prediction - target).square().flatten(1).mean(dim=1)
         mse = error if self.config.loss_weighting == "none" else self.weight(t) * error
-        return LossTerms(mse, {"mse": mse}, output.routing, 1 - t)
+        return LossTerms(mse, {"mse": mse}, output.routing, 1 - t, target)
 
     def time_of(self, u: Tensor) -> Tensor:
         """Training times from `u` uniform in [0, 1)."""
@@ -71,15 +74,14 @@ class Flow:
             u = torch.sigmoid(self.config.time_mean + self.config.time_std * torch.special.ndtri(u))
         return low + (high - low) * u
 
-    def _error(self, prediction: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the prediction is compared with; of a score that times sigma, which is bounded."""
         kind = self.config.prediction
         if kind == "velocity":
-            return prediction - self.path.velocity(x, noise, t)
-        if kind == "noise":
-            return prediction - noise
+            return self.path.velocity(x, noise, t)
         if kind == "x":
-            return prediction - x
-        return self.path.sigma(expand(t, x)) * prediction + noise  # of the score, in noise's units
+            return x
+        return noise if kind == "noise" else -noise
 
     def weight(self, t: Tensor) -> Tensor:
         """(B,) weight of the squared error.
