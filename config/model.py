@@ -42,6 +42,10 @@ class MoEConfig:
         shared_intermediate_size: hidden width of the shared MLP.
         router_init: first weights of the router: as the `published` code draws them, or
             Xavier-uniform.
+        router_input: what the router reads: the `modulated` tokens, as the experts do, or,
+            `decoupled` from the condition, the embedding of the time and the normalised tokens
+            before they are modulated (Nucleus-Image), twice as wide. The class and the text
+            reach a decoupled router through the tokens only.
     """
 
     name: str = ""
@@ -52,6 +56,7 @@ class MoEConfig:
     shared_mlp: Literal["none", "identity"] | MLP = "none"
     shared_intermediate_size: int = 0
     router_init: Literal["published", "xavier"] = "published"
+    router_input: Literal["modulated", "decoupled"] = "modulated"
 
     def experts_per_token(self) -> float:
         """Experts that compute a token in training, on average: C of Eq. 8.
@@ -286,6 +291,11 @@ class ModelConfig:
         """Hidden width of an expert."""
         layer = self.feed_forward
         return layer.intermediate_size or self.dense_width() // layer.hidden_split
+
+    def router_width(self) -> int:
+        """Width of what a router reads."""
+        decoupled = self.feed_forward.router_input == "decoupled"
+        return 2 * self.hidden_size if decoupled else self.hidden_size
 
     def has_experts(self, block: int) -> bool:
         """Whether block number `block` has the configured layer instead of a dense one."""

@@ -25,6 +25,7 @@ class RouterContext:
         time: (B,) times as the objective counts them.
         unconditional: (B,) bool, samples on the unconditional side of guidance.
         condition: (B, D) vector that modulates the block.
+        time_embedding: (B, D) its part that comes from the time alone, without class and text.
         tokens: (B, S, D) normalised, before they are modulated.
         grid: rows and columns of the image's tokens, which come last.
         num_context: tokens before them that are not of the image, but of its class.
@@ -34,6 +35,7 @@ class RouterContext:
     time: Tensor | None = None
     unconditional: Tensor | None = None
     condition: Tensor | None = None
+    time_embedding: Tensor | None = None
     tokens: Tensor | None = None
     grid: tuple[int, int] | None = None
     num_context: int = 0

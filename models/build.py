@@ -32,20 +32,22 @@ def _dense(config: ModelConfig, dropout: float = 0.0) -> nn.Module:
 
 def _token_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: TokenChoiceConfig = config.feed_forward
-    return _moe(config, TokenChoiceRouter(config.hidden_size, layer), dropout)
+    return _moe(config, TokenChoiceRouter(config.router_width(), layer), dropout)
 
 
 def _deepseek(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: DeepSeekConfig = config.feed_forward
-    return _moe(config, DeepSeekRouter(config.hidden_size, layer), dropout)
+    return _moe(config, DeepSeekRouter(config.router_width(), layer), dropout)
 
 
 def _expert_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: ExpertChoiceConfig = config.feed_forward
     predictor = None
     if layer.capacity_predictor:
-        predictor = CapacityPredictor(config.hidden_size, layer.num_experts, layer.threshold_decay)
-    return _moe(config, ExpertChoiceRouter(config.hidden_size, layer, predictor), dropout)
+        predictor = CapacityPredictor(
+            config.router_width(), layer.num_experts, layer.threshold_decay, config.hidden_size
+        )
+    return _moe(config, ExpertChoiceRouter(config.router_width(), layer, predictor), dropout)
 
 
 def _race(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
@@ -69,7 +71,8 @@ def _moe(config: ModelConfig, router: nn.Module, dropout: float) -> MoEFeedForwa
     shared = None
     if layer.shared_mlp != "none":
         shared = build_mlp(layer.shared_mlp, D, layer.shared_intermediate_size, dropout)
-    return MoEFeedForward(router, experts, layer.experts_per_token(), shared)
+    per_token = layer.experts_per_token()
+    return MoEFeedForward(router, experts, per_token, shared, layer.router_input)
 
 
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {

@@ -156,12 +156,14 @@ class DiT(nn.Module):
             tokens, pooled = self.text_embed(cond.text, cond.mask)  # (B, L, D), (B, D)
             text = tokens, cond.mask
             about = about if pooled is None else about + pooled
-        c = self.time_embed(t) + about
+        time = self.time_embed(t)  # (B, D)
+        c = time + about
         K, p = self.config.context_tokens, self.config.patch_size
         context = RouterContext(
             capacity=None if step is None else self.config.feed_forward.capacity_at(step),
             time=t,
             unconditional=cond.free,
+            time_embedding=time,
             grid=(x.shape[-2] // p, x.shape[-1] // p),
         )
         records = []

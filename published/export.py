@@ -8,6 +8,7 @@ from config.model import (
     DiffMoEConfig,
     FeedForwardConfig,
     ModelConfig,
+    MoEConfig,
     TokenChoiceConfig,
 )
 from core.errors import UserError
@@ -75,6 +76,10 @@ def _layer(model: ModelConfig, layer: FeedForwardConfig, family: str) -> Allowed
     """What the published layer allows."""
     if isinstance(layer, DenseConfig):
         return {}
+    return {"router_input": ("modulated",)} | _routed(model, layer, family)
+
+
+def _routed(model: ModelConfig, layer: MoEConfig, family: str) -> Allowed:
     if family == "JiT" and not isinstance(layer, DeepSeekConfig):
         return {"name": ("dense", "deepseek")}
     if isinstance(layer, DeepSeekConfig):

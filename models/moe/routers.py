@@ -33,17 +33,17 @@ class Affinity(nn.Module):
     Eq. 5 leaves the softmax out; Algorithm 3 has it, and so do we.
 
     Args:
-        hidden_size: D.
+        input_size: width of what the router reads.
         num_experts: E.
-        start: fills the weight (E, D) of a fresh model.
+        start: fills the weight (E, input_size) of a fresh model.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, start: Callable[[Tensor], Tensor]):
+    def __init__(self, input_size: int, num_experts: int, start: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.weight = nn.Parameter(start(torch.empty(num_experts, hidden_size)))
+        self.weight = nn.Parameter(start(torch.empty(num_experts, input_size)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., E)."""
+        """(..., input_size) -> (..., E)."""
         with outside_autocast(x.device):
             return F.linear(x.float(), self.weight.float()).softmax(dim=-1)
 
@@ -51,18 +51,18 @@ class Affinity(nn.Module):
 class TokenChoiceRouter(nn.Module):
     """Every token takes its top-k experts, weighted by affinity (Eq. 2, Algorithm 2).
 
-    A fresh weight is uniform within 1 / sqrt(D), as the published TC-DiT draws it.
+    A fresh weight is uniform within 1 / sqrt(input_size), as the published TC-DiT draws it.
 
     Args:
-        hidden_size: D.
+        input_size: width of what the router reads.
         config: `num_experts`, `top_k`, `balance_loss_weight`, `router_init`.
     """
 
-    def __init__(self, hidden_size: int, config: TokenChoiceConfig):
+    def __init__(self, input_size: int, config: TokenChoiceConfig):
         super().__init__()
         published = partial(nn.init.kaiming_uniform_, a=5**0.5)
         start = first_weight(config, published)
-        self.affinity = Affinity(hidden_size, config.num_experts, start)
+        self.affinity = Affinity(input_size, config.num_experts, start)
         self.top_k = config.top_k
         self.balance_loss_weight = config.balance_loss_weight
 
@@ -96,7 +96,7 @@ class ExpertChoiceRouter(nn.Module):
     is DiffMoE (Algorithm 3 in training, 4 in dynamic inference).
 
     Args:
-        hidden_size: D.
+        input_size: width of what the router reads.
         config: `num_experts`, `capacity`, `pool`, `inference` and their kin.
         predictor: learns the choice; None for plain expert choice.
 
@@ -105,13 +105,13 @@ class ExpertChoiceRouter(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
+        input_size: int,
         config: ExpertChoiceConfig,
         predictor: CapacityPredictor | None = None,
     ):
         super().__init__()
         start = first_weight(config, partial(nn.init.normal_, std=SPREAD))
-        self.affinity = Affinity(hidden_size, config.num_experts, start)
+        self.affinity = Affinity(input_size, config.num_experts, start)
         self.predictor = predictor
         self.config = config
 
