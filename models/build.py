@@ -53,7 +53,7 @@ def _expert_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
 def _race(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: RaceConfig = config.feed_forward
     target = config.patch_size**2 * config.in_channels
-    router = RaceRouter(config.hidden_size, config.hidden_size, layer, target)
+    router = RaceRouter(config.router_width(), config.hidden_size, layer, target)
     return _moe(config, router, dropout)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import _dynamo as dynamo
 
+from config.race import RaceConfig
 from config.schema import (
     DeepSeekConfig,
     DenseConfig,
@@ -14,6 +15,7 @@ from config.schema import (
 )
 from models.build import build_model
 from training.parallel import compile_block
+from training.step import auxiliary_losses
 
 SHARED = {"shared_mlp": "swiglu", "shared_intermediate_size": 16}
 
@@ -26,6 +28,8 @@ VARIANTS = {
     "diffmoe_all_experts": DiffMoEConfig(num_experts=4, capacity=4.0),
     "deepseek": DeepSeekConfig(num_experts=4, num_groups=2, intermediate_size=16, **SHARED),
     "deepseek_k5": DeepSeekConfig(num_experts=8, top_k=5, intermediate_size=16),
+    "race": RaceConfig(num_experts=8, top_k=4, hidden_split=4),
+    "race_of_samples": RaceConfig(num_experts=4, pool="sample", gate="softmax", **SHARED),
 }
 
 SHAPE = {"input_size": 4, "patch_size": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
@@ -54,7 +58,7 @@ def precision(variant):
     old = torch.__version__ < "2.12"
     return (
         torch.bfloat16
-        if old and variant.startswith(("token_choice", "deepseek"))
+        if old and variant.startswith(("token_choice", "deepseek", "race"))
         else torch.float32
     )
 
@@ -132,7 +136,7 @@ def test_compiled_training_has_the_same_gradients(variant):
     for call in (made, torch.compile(made, backend="aot_eager", fullgraph=True)):
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
             output = call(x, t, y)
-        auxiliary = sum(sum(record.losses.values()) for record in output.routing)
+        auxiliary = sum(auxiliary_losses(output.routing, made.patchify(x)).values())
         loss = output.prediction.float().square().mean() + auxiliary
         made.zero_grad()
         loss.backward()
