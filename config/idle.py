@@ -166,6 +166,12 @@ NEEDS = (
     ),
     Need(
         "model.feed_forward",
+        "round_share_first",
+        lambda c: c.model.feed_forward.rounding == "down",
+        "model.feed_forward.rounding down",
+    ),
+    Need(
+        "model.feed_forward",
         "zero_masked_groups",
         lambda c: c.model.feed_forward.top_k_groups < c.model.feed_forward.num_groups,
         "model.feed_forward.top_k_groups below num_groups",

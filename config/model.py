@@ -147,8 +147,13 @@ class ExpertChoiceConfig(MoEConfig):
         fixed_threshold: gamma of `fixed` inference.
         capacity_schedule: steps (I, II): capacity is num_experts up to step I, falls linearly to
             `capacity` at step II and stays there. None: constant.
+        rounding: of T * C / E, the tokens of an expert: `down`, or `up` as Nucleus-Image has it.
         round_share_first: tokens per expert int((T / E) * C) as in Algorithm 3, which loses a
             token for some E (7, 11, 13 ...), instead of int(T * C / E).
+        scores: of the affinities, `softmax` over the experts or `sigmoid`.
+        renormalise: `token` divides the weights of a token's experts by their sum, so that all
+            tokens that any expert takes get as much (Nucleus-Image).
+        route_scale: factor of the weights.
     """
 
     name: Literal["expert_choice"] = "expert_choice"
@@ -161,7 +166,11 @@ class ExpertChoiceConfig(MoEConfig):
     inference_capacity: float | None = None
     fixed_threshold: float = 0.5
     capacity_schedule: tuple[int, int] | None = None
+    rounding: Literal["down", "up"] = "down"
     round_share_first: bool = False
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: Literal["none", "token"] = "none"
+    route_scale: float = 1.0
 
     def experts_per_token(self) -> float:
         """C."""

@@ -241,6 +241,7 @@ def _check_expert_choice(layer: ExpertChoiceConfig, pool: int) -> None:
         0 <= layer.fixed_threshold <= 1,
         f"{AT}.fixed_threshold: {layer.fixed_threshold} is not in [0, 1]",
     )
+    require(layer.route_scale > 0, f"{AT}.route_scale: {layer.route_scale} must be above 0")
     first, second = layer.capacity_schedule or (0, 1)
     require(
         0 <= first < second,

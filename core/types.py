@@ -114,8 +114,11 @@ class RoutingPlan:
         """(T, E) a value of each pair, `values` (N,), where the expert takes the token, else 0."""
         E = len(self.tokens_per_expert)
         table = values.new_zeros(num_tokens * E)
-        cell = self.token_index * E + self.expert_of_pair()
-        return table.scatter_(0, cell, values).view(num_tokens, E)
+        return table.scatter_(0, self.cells(), values).view(num_tokens, E)
+
+    def cells(self) -> Tensor:
+        """(N,) where each pair lies in a table (T, E), flattened."""
+        return self.token_index * len(self.tokens_per_expert) + self.expert_of_pair()
 
 
 @dataclass

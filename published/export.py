@@ -6,6 +6,7 @@ from config.model import (
     DeepSeekConfig,
     DenseConfig,
     DiffMoEConfig,
+    ExpertChoiceConfig,
     FeedForwardConfig,
     ModelConfig,
     MoEConfig,
@@ -90,11 +91,15 @@ def _routed(model: ModelConfig, layer: MoEConfig, family: str) -> Allowed:
         if layer.top_k_groups < layer.num_groups:
             allowed |= {"zero_masked_groups": (True,)}
         return allowed
-    allowed = {"expert_mlp": (None,), "intermediate_size": (None,)}
+    if not isinstance(layer, TokenChoiceConfig | ExpertChoiceConfig):
+        return {"name": ("dense", "token_choice", "expert_choice", "diffmoe", "deepseek")}
+    allowed = {"expert_mlp": (None,), "intermediate_size": (None,), "hidden_split": (1,)}
     diffmoe = isinstance(layer, DiffMoEConfig)
     allowed |= {"shared_mlp": ("none", "gelu" if diffmoe else "swiglu")}
     if diffmoe and layer.shared_mlp != "none":
         allowed |= {"shared_intermediate_size": (8 * model.hidden_size,)}
     if not isinstance(layer, TokenChoiceConfig):
         allowed |= {"capacity_predictor": (diffmoe,), "pool": ("batch" if diffmoe else "sample",)}
+        allowed |= {"rounding": ("down",), "scores": ("softmax",)}
+        allowed |= {"renormalise": ("none",), "route_scale": (1.0,)}
     return allowed

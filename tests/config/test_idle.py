@@ -33,6 +33,14 @@ IDLE = [
     ),
     ("--model.feed_forward.name dense --model.moe_every 1", "other than dense"),
     ("--model.context_start 1", "model.context_tokens"),
+    (
+        "--model.feed_forward.intermediate_size 64 --model.feed_forward.hidden_split 2",
+        "model.feed_forward.intermediate_size null",
+    ),
+    (
+        "--model.feed_forward.rounding up --model.feed_forward.round_share_first true",
+        "model.feed_forward.rounding down",
+    ),
     ("--model.num_classes 0 --model.label_dropout 0.2", "model.num_classes above 0"),
     ("--model.intermediate_size 64 --model.mlp_ratio 2", "model.intermediate_size null"),
     (
