@@ -51,7 +51,13 @@ def _blows_up(config: Config) -> bool:
 BLOWS_UP = "objective.path vp, or objective.prediction noise or score"
 
 NEEDS = (
-    Need("", "init_fresh", lambda c: c.init_from is not None, "init_from"),
+    Need("", "init_fresh init_upcycle", lambda c: c.init_from is not None, "init_from"),
+    Need(
+        "",
+        "init_upcycle",
+        lambda c: not isinstance(c.model.feed_forward, DenseConfig),
+        "a model.feed_forward.name other than dense",
+    ),
     Need("data", "cached_path", lambda c: c.data.source != "images", "data.source latents or npz"),
     Need("data", "npz_contents", lambda c: c.data.source == "npz", "data.source npz"),
     Need(

@@ -65,6 +65,13 @@ class MoEConfig:
         """
         raise NotImplementedError(f"{type(self).__name__}.experts_per_token: not said")
 
+    def gate_sum(self) -> str:
+        """What the weights of a token's experts sum to in the first step, in words.
+
+        `one` if that is so for every token.
+        """
+        return "what its router says"
+
     def pools_batch(self) -> bool:
         """Whether what a sample gets depends on the others of its micro-batch.
 
@@ -94,6 +101,10 @@ class TokenChoiceConfig(MoEConfig):
     def experts_per_token(self) -> float:
         """K."""
         return float(self.top_k)
+
+    def gate_sum(self) -> str:
+        """Affinities are shares of one over all experts."""
+        return "one" if self.top_k == self.num_experts else "their affinities, below one"
 
 
 @dataclass
@@ -127,6 +138,13 @@ class DeepSeekConfig(MoEConfig):
     def experts_per_token(self) -> float:
         """K."""
         return float(self.top_k)
+
+    def gate_sum(self) -> str:
+        """They are normalised where there are several."""
+        if self.top_k == 1:
+            return f"{self.routed_scaling_factor:g} times its affinity"
+        scale = self.routed_scaling_factor
+        return "one" if scale == 1 else f"{scale:g}"
 
 
 @dataclass
@@ -175,6 +193,15 @@ class ExpertChoiceConfig(MoEConfig):
     def experts_per_token(self) -> float:
         """C."""
         return self.capacity
+
+    def gate_sum(self) -> str:
+        """Where some token may have no expert, one is not reached."""
+        everywhere = (self.capacity_at(0) or self.capacity) == self.num_experts
+        if self.renormalise == "token":
+            total = "one" if self.route_scale == 1 else f"{self.route_scale:g}"
+            return total if everywhere else f"{total}, or to none where no expert takes it"
+        shares = everywhere and self.scores == "softmax" and self.route_scale == 1
+        return "one" if shares else "the affinities of those that take it"
 
     def pools_batch(self) -> bool:
         """Where the pool is the batch."""

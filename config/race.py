@@ -43,6 +43,11 @@ class RaceConfig(MoEConfig):
         """K."""
         return float(self.top_k)
 
+    def gate_sum(self) -> str:
+        """Of the softmax over all experts, if a token takes all."""
+        everywhere = self.gate == "softmax" and self.top_k == self.num_experts
+        return "one" if everywhere else "the scores of those that it wins"
+
     def pools_batch(self) -> bool:
         """Where pairs of several samples compete in training."""
         return self.pool in ("batch", "position", "expert_batch")
