@@ -133,6 +133,9 @@ NEEDS = (
         lambda c: not isinstance(c.model.feed_forward, DenseConfig),
         "a model.feed_forward.name other than dense",
     ),
+    Need(
+        "model", "qk_norm_eps", lambda c: c.model.qk_norm == "layernorm", "model.qk_norm layernorm"
+    ),
     Need("model", "context_start", lambda c: c.model.context_tokens > 0, "model.context_tokens"),
     Need(
         "model",
@@ -188,6 +191,12 @@ NEEDS = (
         _objective("time_distribution", "logit_normal"),
         "objective.time_distribution logit_normal",
     ),
+    Need(
+        "objective",
+        "time_mode_scale",
+        _objective("time_distribution", "mode"),
+        "objective.time_distribution mode",
+    ),
     Need("objective", "train_eps", _blows_up, BLOWS_UP),
     Need(
         "objective",
@@ -225,6 +234,12 @@ NEEDS = (
         "overshoot",
         lambda c: c.sampling.sampler in ADAPTIVE,
         "a sampler that chooses its steps, such as dopri5",
+    ),
+    Need(
+        "sampling",
+        "time_shift",
+        lambda c: c.objective.name == "flow" and c.sampling.sampler not in ADAPTIVE,
+        "objective.name flow and a sampler with fixed steps",
     ),
     Need("sampling", "ddim_eta", lambda c: c.sampling.sampler == "ddim", "sampling.sampler ddim"),
     Need("sampling", "clip_denoised", lambda c: c.objective.name == "ddpm", "objective.name ddpm"),

@@ -250,7 +250,12 @@ class ModelConfig:
         head_dim: width of an attention head; by default hidden_size / num_heads.
         num_kv_heads: heads of keys and values, each shared by as many of queries (grouped-query
             attention); by default num_heads.
-        qk_norm: RMS-normalise queries and keys of each head, with weights.
+        qk_norm: normalise queries and keys of each head, by RMSNorm with weights or LayerNorm with
+            weights and biases; `true` and `false` of older files are rmsnorm and none.
+        qk_norm_eps: added to the variance by that LayerNorm.
+        time_scale: factor of the time before it is embedded: 1000 in ProMoE, else 1.
+        time_reversed: embed 1 - t instead of t, so that 0 is data and 1 is noise, as ProMoE and
+            DiT-MoE count the times of a flow.
         norm: normalisation before attention and feed-forward layers, LayerNorm without or RMSNorm
             with weights.
         final_norm: the same before the output layer.
@@ -295,7 +300,10 @@ class ModelConfig:
     num_heads: int = 6
     head_dim: int | None = None
     num_kv_heads: int | None = None
-    qk_norm: bool = False
+    qk_norm: Literal["none", "rmsnorm", "layernorm"] | bool = "none"
+    qk_norm_eps: float = 1e-5
+    time_scale: float = 1.0
+    time_reversed: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     final_norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     positions: Literal["sincos", "none"] = "sincos"
@@ -318,6 +326,10 @@ class ModelConfig:
     leading_dense: int = 0
     expert_backend: Literal["auto", "loop", "bmm", "grouped_mm"] = "auto"
     feed_forward: FeedForwardConfig = field(default_factory=DiffMoEConfig)
+
+    def __post_init__(self):
+        if isinstance(self.qk_norm, bool):
+            self.qk_norm = "rmsnorm" if self.qk_norm else "none"
 
     def dense_width(self) -> int:
         """Hidden width of a dense layer."""

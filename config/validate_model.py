@@ -80,6 +80,9 @@ def _check_ranges(model: ModelConfig) -> None:
     for key in ("label_dropout", "dropout"):
         value = getattr(model, key)
         require(0 <= value < 1, f"model.{key}: {value} is not in [0, 1)")
+    for key in ("qk_norm_eps", "time_scale"):
+        value = getattr(model, key)
+        require(value > 0, f"model.{key}: {value} must be above 0")
     require(model.mlp_ratio > 0, f"model.mlp_ratio: {model.mlp_ratio} must be above 0")
     split, width = getattr(model.feed_forward, "hidden_split", 1), model.dense_width()
     require(

@@ -14,6 +14,7 @@ from core.types import ModelOutput, RouterContext, RoutingRecord
 from models.attention import Attention
 from models.blocks import DiTBlock, FinalLayer
 from models.embeddings import BottleneckPatchEmbed, ClassTokens, LabelEmbedder, TimestepEmbedder
+from models.norms import head_norm
 from models.positions import (
     Rotation,
     after_context,
@@ -56,7 +57,7 @@ class DiT(nn.Module):
             self.patch_embed = BottleneckPatchEmbed(
                 p, config.in_channels, config.bottleneck_size, D
             )
-        self.time_embed = TimestepEmbedder(D)
+        self.time_embed = TimestepEmbedder(D, config.time_scale, config.time_reversed)
         self.label_embed = LabelEmbedder(config.num_classes, D)
         self.class_tokens = ClassTokens(config.context_tokens, D) if config.context_tokens else None
         self.text_embed = _text_embed(config)
@@ -73,19 +74,18 @@ class DiT(nn.Module):
 
     def _block(self, number: int, feed_forward: Callable[[int], nn.Module]) -> DiTBlock:
         config = self.config
+        norms = head_norm(config.qk_norm, config.qk_norm_eps)
         attention = Attention(
             config.hidden_size,
             config.num_heads,
             config.head_dim,
             config.num_kv_heads,
-            config.qk_norm,
+            norms,
             config.dropout_of(number),
         )
         cross = None
         if config.text_hidden_size is not None:
-            cross = CrossAttention(
-                config.hidden_size, config.num_heads, config.head_dim, config.qk_norm
-            )
+            cross = CrossAttention(config.hidden_size, config.num_heads, config.head_dim, norms)
         return DiTBlock(config.hidden_size, attention, feed_forward(number), config.norm, cross)
 
     @torch.no_grad()
@@ -276,7 +276,7 @@ def _text_embed(config: ModelConfig) -> TextEmbedder | None:
         config.num_heads,
         config.text_refiner,
         config.text_pooling,
-        config.qk_norm,
+        head_norm(config.qk_norm, config.qk_norm_eps),
     )
 
 

@@ -188,7 +188,7 @@ def _jit_model(values: dict, moe: dict) -> ModelConfig:
         intermediate_size=int(int(values["hidden_size"] * values["mlp_ratio"]) * 2 / 3),
         norm="rmsnorm",
         final_norm="rmsnorm",
-        qk_norm=True,
+        qk_norm="rmsnorm",
         rope="2d",
         bottleneck_size=values["bottleneck_dim"],
         context_tokens=values["in_context_len"],

@@ -141,7 +141,7 @@ def _attention(config: ModelConfig, name: str) -> list[Entry]:
                 lambda parts, split=split: split([reordered(parts[0], back)]),
             )
         )
-    if config.qk_norm:
+    if config.qk_norm != "none":
         pairs += [
             Entry((n,), (n,), lambda parts: [parts[0][there]], lambda parts: [parts[0][back]])
             for n in (f"{name}.q_norm.weight", f"{name}.k_norm.weight")

@@ -18,7 +18,7 @@ Allowed = dict[str, tuple]
 """Keys, and the values that the published code has for them."""
 
 PLAIN: Allowed = {
-    **{"rope": ("none",), "positions": ("sincos",), "qk_norm": (False,), "num_kv_heads": (None,)},
+    **{"rope": ("none",), "positions": ("sincos",), "qk_norm": ("none",), "num_kv_heads": (None,)},
     **{"norm": ("layernorm",), "final_norm": ("layernorm",), "mlp": ("gelu", "swiglu")},
     **{"context_tokens": (0,), "leading_dense": (0,), "intermediate_size": (None,)},
     "moe_every": (1, 2),
@@ -26,13 +26,13 @@ PLAIN: Allowed = {
 """What DiT, SiT and the models of the DiffMoE repository have in common."""
 
 JIT: Allowed = {
-    **{"rope": ("2d",), "positions": ("sincos",), "qk_norm": (True,), "num_kv_heads": (None,)},
+    **{"rope": ("2d",), "positions": ("sincos",), "qk_norm": ("rmsnorm",), "num_kv_heads": (None,)},
     **{"norm": ("rmsnorm",), "final_norm": ("rmsnorm",), "mlp": ("swiglu_bias",)},
     **{"leading_dense": (0,), "learn_sigma": (False,)},
 }
 
 DSMOE: Allowed = {
-    **{"final_norm": ("layernorm",), "qk_norm": (False,), "mlp": ("silu",)},
+    **{"final_norm": ("layernorm",), "qk_norm": ("none",), "mlp": ("silu",)},
     **{"context_tokens": (0,), "intermediate_size": (None,), "moe_every": (1, 2)},
 }
 

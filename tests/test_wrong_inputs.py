@@ -54,7 +54,7 @@ train | train: unknown; a value follows its flag
 --seed null | seed: null is not allowed; wanted: int
 --device tpu | device: 'tpu' is not allowed; wanted: 'auto', 'cpu', 'cuda'
 --resume yes | resume: 'yes' is not allowed; wanted: 'auto', 'never'
---model.qk_norm maybe | model.qk_norm: 'maybe' is not allowed; wanted: bool
+--model.qk_norm maybe | model.qk_norm: 'maybe' is not allowed; wanted: 'none', 'rmsnorm'
 --optim.betas [0.9] | optim.betas: '[0.9]' is not allowed; wanted: [float, float]
 --optim.betas 0.9 | optim.betas: '0.9' is not allowed
 --optim.betas [0.9,1.0] | optim.betas: 1.0 is not in [0, 1)
