@@ -3,7 +3,9 @@
 One feed-forward layer of each kind against the dense one of the same activated width: seconds of a
 training pass (forward and backward) and of inference as ratios, and memory for the backward pass.
 `--family deepseek` takes the layers of DSMoE-S, each against a SwiGLU as wide as its top-k experts
-and its shared expert together.
+and its shared expert together; `--family race` those of Expert Race, whose race, thresholds and two
+losses come on top of experts as wide together as the dense layer, and expert choice with weights
+renormalised for each token.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from benchmarks.measure import (
 )
 from benchmarks.pseudo_code import Algorithm3
 from config.model import FeedForwardConfig
+from config.race import RaceConfig
 from config.schema import (
     DeepSeekConfig,
     DenseConfig,
@@ -32,7 +35,9 @@ from config.schema import (
 )
 from core.command_line import Parser, file_to_write, positive
 from core.errors import command
+from core.types import RouterContext, RoutingRecord
 from models.build import FEED_FORWARDS
+from models.moe.race import RaceRouter
 
 SAMPLE = 256
 """Tokens of one sample."""
@@ -103,12 +108,38 @@ def deepseek_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], d
     return modules, baselines
 
 
-FAMILIES = {"diffmoe": diffmoe_modules, "deepseek": deepseek_modules}
+RACES: dict[str, FeedForwardConfig] = {
+    "race 1-in-8": RaceConfig(num_experts=8, top_k=1),
+    "race 2-in-8": RaceConfig(num_experts=8, top_k=2, hidden_split=2),
+    "race 4-in-16": RaceConfig(num_experts=16, top_k=4, hidden_split=4),
+    "race 4-in-32": RaceConfig(num_experts=32, top_k=4, hidden_split=4),
+    "expert_choice, renormalised": ExpertChoiceConfig(
+        num_experts=16, renormalise="token", rounding="up"
+    ),
+}
+
+
+def race_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers of Expert Race and of Nucleus-Image's kind, all activated as wide as the dense one."""
+    device, D = torch.device(flags.device), flags.hidden_size
+    kinds = {"dense": DenseConfig(), **RACES}
+    modules = {name: build(layer, D, "auto", device) for name, layer in kinds.items()}
+    if flags.compile:
+        for module in modules.values():
+            module.compile()
+    return modules, dict.fromkeys(modules, "dense")
+
+
+FAMILIES = {"diffmoe": diffmoe_modules, "deepseek": deepseek_modules, "race": race_modules}
 
 
 def settle(module: nn.Module, x: Tensor) -> None:
-    """Put the thresholds where C of dynamic inference on `x` is 1."""
-    predictor = getattr(getattr(module, "router", None), "predictor", None)
+    """Put the thresholds where inference on `x` takes as many pairs as the config says."""
+    router = getattr(module, "router", None)
+    if isinstance(router, RaceRouter):
+        with torch.no_grad():
+            router.thresholds.copy_(router.row(router(x, RouterContext())[1]))
+    predictor = getattr(router, "predictor", None)
     if predictor is not None:
         with torch.no_grad():
             scores = predictor(x.flatten(0, 1)).sigmoid()
@@ -124,12 +155,19 @@ def training(module: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:
         module.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             y, record = module(x)
-        extra = (
-            record if isinstance(record, Tensor) else sum(record.losses.values()) if record else 0
-        )
-        (y.float().mean() + extra).backward()
+        (y.float().mean() + auxiliary(record)).backward()
 
     return call
+
+
+def auxiliary(record: Tensor | RoutingRecord | None) -> Tensor | float:
+    """The losses of a layer, a second head's against zeros; the pseudo-code returns its own."""
+    if not isinstance(record, RoutingRecord):
+        return 0.0 if record is None else record
+    losses = [*record.losses.values()]
+    if record.prediction is not None:
+        losses.append(record.plr_loss(torch.zeros_like(record.prediction)))
+    return sum(losses)
 
 
 def inference(module: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:

@@ -63,6 +63,21 @@ JITMOE = {
 }
 """Balanced experts, and what JiT adds to the backbone."""
 
+RACE = {
+    "model__feed_forward__name": "race",
+    "model__feed_forward__hidden_split": 2,
+    "model__moe_every": 1,
+}
+
+NUCLEUS = {
+    "model__feed_forward__name": "expert_choice",
+    "model__feed_forward__renormalise": "token",
+    "model__feed_forward__route_scale": 2.5,
+    "model__feed_forward__rounding": "up",
+    "model__feed_forward__router_input": "decoupled",
+    "model__moe_every": 1,
+}
+
 
 def main(out: Path, *data: str) -> None:
     fsdp = {"parallel__strategy": "fsdp"}
@@ -86,6 +101,9 @@ def main(out: Path, *data: str) -> None:
         run("jitmoe", **JITMOE)
         run("jitmoe_fsdp", **JITMOE, **fsdp)
         run("jitmoe_fsdp_recomputing", **JITMOE, **fsdp, **again)
+        for name, layer in (("race", RACE), ("nucleus", NUCLEUS)):
+            run(name, **layer)
+            run(f"{name}_fsdp_recomputing", **layer, **fsdp, **again)
 
 
 if __name__ == "__main__":
