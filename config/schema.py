@@ -14,6 +14,7 @@ from config.model import (
     ExpertChoiceConfig,
     ModelConfig,
     MoEConfig,
+    ProMoEConfig,
     TokenChoiceConfig,
 )
 from config.objective import (
@@ -276,6 +277,7 @@ FEED_FORWARDS = {
     "expert_choice": ExpertChoiceConfig,
     "diffmoe": DiffMoEConfig,
     "deepseek": DeepSeekConfig,
+    "promoe": ProMoEConfig,
 }
 
 CHOICES = {"model.feed_forward": FEED_FORWARDS, "objective": OBJECTIVES}
