@@ -181,6 +181,24 @@ NEEDS = (
     ),
     Need(
         "model.feed_forward",
+        "contrastive_temperature contrastive_top_k",
+        _layer("contrastive_loss_weight"),
+        "model.feed_forward.contrastive_loss_weight above 0",
+    ),
+    Need(
+        "model.feed_forward",
+        "contrastive_top_k",
+        lambda c: _layer("choice")(c) == "token",
+        "model.feed_forward.choice token",
+    ),
+    Need(
+        "model.feed_forward",
+        "balance_per_sample",
+        _layer("balance_loss_weight"),
+        "model.feed_forward.balance_loss_weight above 0",
+    ),
+    Need(
+        "model.feed_forward",
         "zero_masked_groups",
         lambda c: c.model.feed_forward.top_k_groups < c.model.feed_forward.num_groups,
         "model.feed_forward.top_k_groups below num_groups",

@@ -72,6 +72,10 @@ class MoEConfig:
         """
         return "what its router says"
 
+    def all_experts(self) -> int:
+        """Experts that a layer has, those that no router chooses included."""
+        return self.num_experts
+
     def pools_batch(self) -> bool:
         """Whether what a sample gets depends on the others of its micro-batch.
 
@@ -105,6 +109,45 @@ class TokenChoiceConfig(MoEConfig):
     def gate_sum(self) -> str:
         """Affinities are shares of one over all experts."""
         return "one" if self.top_k == self.num_experts else "their affinities, below one"
+
+
+@dataclass
+class ProMoEConfig(MoEConfig):
+    """Prototypes (ProMoE): experts by cosine, and one for samples without a condition.
+
+    Attributes:
+        name: which feed-forward layer.
+        choice: every `token` takes its top experts, or every `expert` its top tokens of a sample.
+        top_k: experts per token; on average, where experts choose.
+        score: weight of an expert: the cosine itself (`identity`), its sigmoid, or a softmax over
+            the experts (where experts choose: over the tokens of the sample).
+        unconditional_expert: one expert more, to which samples without class and caption go whole.
+        contrastive_loss_weight: weight of the loss that draws each prototype to the mean of its
+            expert's tokens and away from those of the others; 0 turns it off.
+        contrastive_temperature: that the cosines of this loss are divided by.
+        contrastive_top_k: a token belongs to all experts that it takes there, else to its first.
+        balance_loss_weight: weight of a load-balancing loss of token choice; 0 turns it off.
+        balance_per_sample: balance the load within each sample.
+    """
+
+    name: Literal["promoe"] = "promoe"
+    choice: Literal["token", "expert"] = "token"
+    top_k: int = 1
+    score: Literal["identity", "sigmoid", "softmax"] = "identity"
+    unconditional_expert: bool = True
+    contrastive_loss_weight: float = 1.0
+    contrastive_temperature: float = 0.07
+    contrastive_top_k: bool = True
+    balance_loss_weight: float = 0.0
+    balance_per_sample: bool = False
+
+    def experts_per_token(self) -> float:
+        """K; the tokens of samples without a condition have one expert."""
+        return float(self.top_k)
+
+    def all_experts(self) -> int:
+        """With that of samples without a condition."""
+        return self.num_experts + self.unconditional_expert
 
 
 @dataclass
@@ -231,7 +274,12 @@ class DiffMoEConfig(ExpertChoiceConfig):
 
 
 FeedForwardConfig = (
-    DenseConfig | TokenChoiceConfig | ExpertChoiceConfig | DiffMoEConfig | DeepSeekConfig
+    DenseConfig
+    | TokenChoiceConfig
+    | ExpertChoiceConfig
+    | DiffMoEConfig
+    | DeepSeekConfig
+    | ProMoEConfig
 )
 
 

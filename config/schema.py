@@ -14,6 +14,7 @@ from config.model import (
     ExpertChoiceConfig,
     ModelConfig,
     MoEConfig,
+    ProMoEConfig,
     TokenChoiceConfig,
 )
 from config.objective import (
@@ -281,6 +282,7 @@ FEED_FORWARDS = {
     "diffmoe": DiffMoEConfig,
     "deepseek": DeepSeekConfig,
     "race": RaceConfig,
+    "promoe": ProMoEConfig,
 }
 
 CHOICES = {"model.feed_forward": FEED_FORWARDS, "objective": OBJECTIVES}

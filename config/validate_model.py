@@ -5,6 +5,7 @@ from config.model import (
     ExpertChoiceConfig,
     ModelConfig,
     MoEConfig,
+    ProMoEConfig,
     TokenChoiceConfig,
 )
 from config.race import RaceConfig
@@ -41,8 +42,10 @@ def check_model(model: ModelConfig, micro_batch_size: int) -> None:
         _check_widths(model, layer)
     if isinstance(layer, ExpertChoiceConfig):
         _check_expert_choice(layer, tokens * (micro_batch_size if layer.pool == "batch" else 1))
-    if isinstance(layer, TokenChoiceConfig | DeepSeekConfig | RaceConfig):
+    if isinstance(layer, TokenChoiceConfig | DeepSeekConfig | ProMoEConfig | RaceConfig):
         _check_top_k(layer, tokens * micro_batch_size)
+    if isinstance(layer, ProMoEConfig):
+        _check_prototypes(layer)
     if isinstance(layer, DeepSeekConfig):
         _check_groups(layer)
     if isinstance(layer, RaceConfig):
@@ -58,7 +61,7 @@ def least_parameters(model: ModelConfig) -> int:
     experts = len(model.moe_blocks())
     dense = 2 * D * model.dense_width() * (model.depth - experts)
     if isinstance(layer, MoEConfig):
-        dense += 2 * D * model.expert_width() * layer.num_experts * experts
+        dense += 2 * D * model.expert_width() * layer.all_experts() * experts
     return modulation + dense
 
 
@@ -166,7 +169,9 @@ def _check_widths(model: ModelConfig, layer: MoEConfig) -> None:
     )
 
 
-def _check_top_k(layer: TokenChoiceConfig | DeepSeekConfig | RaceConfig, tokens: int) -> None:
+def _check_top_k(
+    layer: TokenChoiceConfig | DeepSeekConfig | ProMoEConfig | RaceConfig, tokens: int
+) -> None:
     require(
         1 <= layer.top_k <= layer.num_experts,
         f"{AT}.top_k: {layer.top_k} is not in 1 ... num_experts ({layer.num_experts})",
@@ -175,9 +180,19 @@ def _check_top_k(layer: TokenChoiceConfig | DeepSeekConfig | RaceConfig, tokens:
         layer.num_experts <= tokens,
         f"{AT}.num_experts: {layer.num_experts} is more than the {tokens} tokens of a micro-batch",
     )
-    if isinstance(layer, TokenChoiceConfig):
-        weight = layer.balance_loss_weight
-        require(weight >= 0, f"{AT}.balance_loss_weight: {weight} is negative")
+    for key in ("balance_loss_weight", "contrastive_loss_weight"):
+        weight = getattr(layer, key, 0)
+        require(weight >= 0, f"{AT}.{key}: {weight} is negative")
+
+
+def _check_prototypes(layer: ProMoEConfig) -> None:
+    heat = layer.contrastive_temperature
+    require(heat > 0, f"{AT}.contrastive_temperature: {heat} must be above 0")
+    require(
+        layer.choice == "token" or layer.balance_loss_weight == 0,
+        f"{AT}.balance_loss_weight: {layer.balance_loss_weight} means nothing where experts choose "
+        "and all take as many tokens; allowed: 0, or choice token",
+    )
 
 
 def _check_groups(layer: DeepSeekConfig) -> None:

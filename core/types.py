@@ -52,12 +52,15 @@ class RoutingPlan:
         gate: (N,) weight of the expert's output for that token.
         tokens_per_expert: (E,) int64, how many consecutive pairs belong to each expert.
         sizes: the same as Python integers, where the host knows them without a look at the device.
+        idle: (N,) bool, pairs that only keep N from depending on data: computed with gate 0, and
+            in no report; None for none.
     """
 
     token_index: Tensor
     gate: Tensor
     tokens_per_expert: Tensor
     sizes: list[int] | None = None
+    idle: Tensor | None = None
 
     def __post_init__(self):
         if not isinstance(self.token_index, Tensor):  # a tree of something else in its shape
@@ -68,19 +71,45 @@ class RoutingPlan:
             assert sum(self.sizes) == len(self.token_index)
 
     @classmethod
-    def of_choices(cls, gate: Tensor, expert: Tensor, num_experts: int) -> "RoutingPlan":
+    def of_choices(
+        cls, gate: Tensor, expert: Tensor, num_experts: int, idle: Tensor | None = None
+    ) -> "RoutingPlan":
         """The plan in which every token goes to the experts that it chose, all different.
 
         Args:
             gate: (T, K) weights.
             expert: (T, K) int64.
             num_experts: E.
+            idle: (T, K) bool, or None.
         """
-        flat = expert.flatten()
-        order = flat.argsort(stable=True)  # pairs sorted by expert
-        counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
-        counts.scatter_add_(0, flat, torch.ones_like(flat))
-        return cls(order // expert.shape[1], gate.flatten()[order], counts)
+        T, K = expert.shape
+        token = torch.arange(T, device=expert.device).repeat_interleave(K)
+        idle = None if idle is None else idle.flatten()
+        return cls.of_pairs(expert.flatten(), token, gate.flatten(), num_experts, idle)
+
+    @classmethod
+    def of_pairs(
+        cls,
+        expert: Tensor,
+        token: Tensor,
+        gate: Tensor,
+        num_experts: int,
+        idle: Tensor | None = None,
+    ) -> "RoutingPlan":
+        """The plan of pairs in any order.
+
+        Args:
+            expert: (N,) int64.
+            token: (N,) int64, positions in the flattened tokens.
+            gate: (N,) weights.
+            num_experts: E.
+            idle: (N,) bool, or None.
+        """
+        order = expert.argsort(stable=True)
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
+        counts.scatter_add_(0, expert, torch.ones_like(expert))
+        idle = None if idle is None else idle[order]
+        return cls(token[order], gate[order], counts, idle=idle)
 
     @property
     def capacity(self) -> int | None:
@@ -96,7 +125,8 @@ class RoutingPlan:
         """The plan of some experts, whose pairs are these."""
         sizes = None if self.sizes is None else self.sizes[experts]
         counts = self.tokens_per_expert[experts]
-        return RoutingPlan(self.token_index[pairs], self.gate[pairs], counts, sizes)
+        idle = None if self.idle is None else self.idle[pairs]
+        return RoutingPlan(self.token_index[pairs], self.gate[pairs], counts, sizes, idle)
 
     def expert_of_pair(self) -> Tensor:
         """(N,) the expert of each pair."""
@@ -108,11 +138,14 @@ class RoutingPlan:
         E = len(self.tokens_per_expert)
         cell = self.token_index // tokens_per_sample * E + self.expert_of_pair()
         counts = torch.zeros(batch * E, dtype=torch.int64, device=cell.device)
-        return counts.scatter_add_(0, cell, torch.ones_like(cell)).view(batch, E)
+        each = torch.ones_like(cell) if self.idle is None else (~self.idle).to(cell.dtype)
+        return counts.scatter_add_(0, cell, each).view(batch, E)
 
     def table(self, values: Tensor, num_tokens: int) -> Tensor:
         """(T, E) a value of each pair, `values` (N,), where the expert takes the token, else 0."""
         E = len(self.tokens_per_expert)
+        if self.idle is not None:
+            values = values.masked_fill(self.idle, 0)
         table = values.new_zeros(num_tokens * E)
         return table.scatter_(0, self.cells(), values).view(num_tokens, E)
 

@@ -5,13 +5,20 @@ from collections.abc import Callable
 from torch import nn
 
 from config.race import RaceConfig
-from config.schema import DeepSeekConfig, ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
+from config.schema import (
+    DeepSeekConfig,
+    ExpertChoiceConfig,
+    ModelConfig,
+    ProMoEConfig,
+    TokenChoiceConfig,
+)
 from models.dit import DiT
 from models.feed_forward import build_mlp
 from models.moe.capacity import CapacityPredictor
 from models.moe.deepseek import DeepSeekRouter
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
+from models.moe.prototypes import PrototypeRouter
 from models.moe.race import RaceRouter
 from models.moe.routers import ExpertChoiceRouter, TokenChoiceRouter
 
@@ -40,6 +47,11 @@ def _deepseek(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     return _moe(config, DeepSeekRouter(config.router_width(), layer), dropout)
 
 
+def _promoe(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
+    layer: ProMoEConfig = config.feed_forward
+    return _moe(config, PrototypeRouter(config.router_width(), layer), dropout)
+
+
 def _expert_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: ExpertChoiceConfig = config.feed_forward
     predictor = None
@@ -61,7 +73,7 @@ def _moe(config: ModelConfig, router: nn.Module, dropout: float) -> MoEFeedForwa
     """The layer around `router`."""
     layer, D = config.feed_forward, config.hidden_size
     experts = Experts(
-        layer.num_experts,
+        layer.all_experts(),
         D,
         config.expert_width(),
         layer.expert_mlp or config.mlp,
@@ -82,6 +94,7 @@ FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
     "diffmoe": _expert_choice,  # the same layer: pool of the batch, with a predictor
     "deepseek": _deepseek,
     "race": _race,
+    "promoe": _promoe,
 }
 """One line for each feed-forward layer, which takes the model's config and the block's dropout;
 its options are the dataclass of that name in `config.schema.FEED_FORWARDS`."""

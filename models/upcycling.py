@@ -49,6 +49,12 @@ def upcycle(
             f"{AT}: the experts of model.feed_forward.name {layer.name} are {kind!r}, the MLPs of "
             f"init_from {dense.mlp!r}; wanted: --model.feed_forward.expert_mlp {dense.mlp}"
         )
+    parts = max(1, dense.dense_width() // config.expert_width())
+    if layer.num_experts % parts:
+        raise ConfigError(
+            f"{AT}: {layer.num_experts} experts cannot have the {parts} parts of an MLP equally "
+            f"often; wanted: a model.feed_forward.num_experts that {parts} divides"
+        )
     result = dict(tensors)
     for block in config.moe_blocks():
         at = f"blocks.{block}.feed_forward."
@@ -81,16 +87,10 @@ def experts_of(
             f"{AT}: experts of width {width} are not whole parts of MLPs of width {whole}; set "
             "model.feed_forward.hidden_split"
         )
-    if num_experts % parts:
-        raise ConfigError(
-            f"{AT}: {num_experts} experts cannot have the {parts} parts of an MLP equally often; "
-            f"wanted: a model.feed_forward.num_experts that {parts} divides"
-        )
 
     def copies(values: Iterable[Tensor]) -> Tensor:
-        """(parts, ...) of each, side by side, for all experts."""
-        one = torch.cat(list(values), dim=-1)
-        return one.repeat(num_experts // parts, *[1] * (one.dim() - 1))
+        """(parts, ...) of each, side by side, in turn for all experts."""
+        return torch.cat(list(values), dim=-1)[torch.arange(num_experts) % parts]
 
     weights = (mlp[f"{name}.weight"].unflatten(0, (parts, width)).mT for name in first)
     found = {"w1": copies(weights)}  # (E, D, H or 2 H)

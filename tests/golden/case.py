@@ -5,6 +5,7 @@ import json
 import torch
 from torch import Tensor
 
+from core.conditions import Condition
 from core.types import ModelOutput
 
 Tensors = dict[str, Tensor]
@@ -63,12 +64,12 @@ class LinearModel:
         self.time_scale, self.outputs = time_scale, outputs
         self.times: list[Tensor] = []
 
-    def __call__(self, x: Tensor, t: Tensor, cond: Tensor) -> ModelOutput:
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition | Tensor) -> ModelOutput:
         self.times.append(t)
         t = (t * self.time_scale).to(x.dtype)
         weight = self.weight.expand(len(x), -1, -1)
         if self.slope is not None:
             weight = weight + t.view(-1, 1, 1) * self.slope
         y = torch.einsum("boc,bchw->bohw", weight, x)
-        y = y + (t[:, None] * self.offset + self.table[cond])[:, :, None, None]
+        y = y + (t[:, None] * self.offset + self.table[Condition.of(cond).labels])[:, :, None, None]
         return ModelOutput(y[:, : self.outputs])
