@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_moe_layers import compare, without_float32
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from config.objective import DDPMConfig, FlowConfig
 from config.race import RaceConfig
@@ -190,6 +191,20 @@ def test_inference_with_the_top_k_of_the_pool_is_that_of_training():
     torch.testing.assert_close(module.eval()(x)[0], training)
     assert record.prediction is not None
     assert module(x)[1].prediction is None
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_training_never_looks_at_the_device(pool):
+    """Tensors without data: whatever needed a number of theirs would fail."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        layer = RaceConfig(num_experts=8, top_k=K, pool=pool)
+        config = ModelConfig(hidden_size=16, expert_backend="grouped_mm", feed_forward=layer)
+        module = FEED_FORWARDS["race"](config)
+        y, record = module(torch.randn(B, S, 16))
+        loss = y.sum() + sum(record.losses.values()) + record.plr_loss(torch.zeros(B, S, 16))
+        loss.backward()
+        with pytest.raises(DataDependentOutputException):
+            module.eval()(torch.randn(B, S, 16))
 
 
 def tiny(**options):
