@@ -150,7 +150,7 @@ def test_bad_files_are_refused(tmp_path, text, wanted):
             ["--model.feed_forward.name", "moe"],
             r"unknown 'moe'; known: deepseek, dense, diff",
         ),
-        (["--model.size", "huge"], r"--model\.size: unknown 'huge'; known: B, L, S, T2I, XL"),
+        (["--model.size", "huge"], r"--model\.size: unknown 'huge'; known: B, G, L, S, T2I, XL"),
         (["--optim.lr", "fast"], r"optim\.lr: 'fast' is not allowed"),
         (["--config", "nowhere.yaml"], r"no file .*nowhere\.yaml"),
         (["--model.feed_forward.pool", "world"], r"pool: 'world' is not allowed; .*'sample', 'ba"),
