@@ -9,6 +9,7 @@ SIZES = {
     # The paper prints only the parameter counts of these two (951M, 1353M); shapes inferred.
     "XXL": {"hidden_size": 1280, "depth": 32, "num_heads": 16},
     "XXXL": {"hidden_size": 1440, "depth": 36, "num_heads": 16},
+    "G": {"hidden_size": 1408, "depth": 40, "num_heads": 16},  # of DiT-MoE
     # Of the text-to-image models only 1.2B activated of 4.6B are printed. This shape gives 1.25B of
     # 4.60B with cross-attention (q, k, v and output, D to D) in every block and two MLPs from
     # 4096 to D to D; it is inferred, and not the only one that does.

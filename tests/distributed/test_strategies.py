@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from launch import on_two_processes
-from strategies import JITMOE, NUCLEUS, RACE, STEPS, flags
+from strategies import JITMOE, NUCLEUS, PROMOE, RACE, STEPS, flags
 
 from config.load import parse_config
 from core.distributed import Processes
@@ -85,6 +85,24 @@ def test_biases_follow_the_loads_of_all_processes(runs, jitmoe_alone, name):
     for one, other in zip(entries(jitmoe_alone), entries(runs / name), strict=True):
         for key in ("loss/loss", "grad_norm", "max_load/moe_layer_0", "bias_range/moe_layer_1"):
             assert other[key] == pytest.approx(one[key], rel=1e-5), key
+
+
+@pytest.fixture(scope="module")
+def promoe_alone(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone") / "promoe"
+    train(parse_config(flags(run, *data, **PROMOE), "train.py"), ALONE)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["promoe_recomputing", "promoe_fsdp", "promoe_fsdp_recomputing"])
+def test_prototypes_learn_alike_on_one_process_and_on_two(runs, promoe_alone, name):
+    for one, other in zip(entries(promoe_alone), entries(runs / name), strict=True):
+        for key in ("loss/loss", "loss/contrastive", "loss/balance", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5), key
+    wanted, found = weights(promoe_alone, "model"), weights(runs / name, "model")
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
 
 
 @pytest.mark.slow
