@@ -33,7 +33,6 @@ from models.pretrained import (
     weights_path,
 )
 from models.sealed import DamagedError, check_seal, checkpoints, patiently
-from models.upcycling import departures, upcycle
 from training.attempts import is_restart_of
 from training.changes import (
     check_same_latents,
@@ -278,10 +277,12 @@ def _upcycle(config: Config, model: DiT, found: Config, weights: Path) -> None:
     """Fill `model` from a dense one, and say whether it computes the same at first."""
     dense, own = found.model, model.state_dict()
     fresh = FRESH[config.init_fresh] + upcycling.FRESH
-    load_weights(model, weights, fresh, lambda tensors: upcycle(tensors, dense, config.model, own))
+    load_weights(
+        model, weights, fresh, lambda tensors: upcycling.upcycle(tensors, dense, config.model, own)
+    )
     blocks = ", ".join(map(str, config.model.moe_blocks()))
     about = "init_upcycle: the experts of the %s layers (blocks %s) come from MLPs"
-    reasons = departures(dense, config.model)
+    reasons = upcycling.departures(dense, config.model)
     if reasons:
         told = f"{about}; there the first forward is not the dense model's: %s"
         log.warning(told, config.model.feed_forward.name, blocks, "; ".join(reasons))

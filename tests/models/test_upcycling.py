@@ -1,18 +1,21 @@
 """Models with experts that start from a dense one."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 from config.race import RaceConfig
 from config.schema import (
+    FEED_FORWARDS,
     Config,
     DeepSeekConfig,
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
     ModelConfig,
+    ProMoEConfig,
     TokenChoiceConfig,
 )
 from core.distributed import Processes
@@ -120,6 +123,7 @@ DIFFERENT = {
         ExpertChoiceConfig(num_experts=E, renormalise="token"),
         "one, or to none where no expert takes it",
     ),
+    "promoe": (ProMoEConfig(num_experts=E, top_k=2, hidden_split=2), "what its router says"),
     "race": (RaceConfig(num_experts=E, hidden_split=2), "scores of those that it wins"),
     "parts": (
         DeepSeekConfig(num_experts=E, expert_mlp=None, hidden_split=2),
@@ -148,6 +152,24 @@ def test_the_log_says_where_it_is_not(name, dense, tmp_path, monkeypatch):
     for name, tensor in old.state_dict().items():
         if name in new.state_dict():
             assert torch.equal(new.state_dict()[name], tensor), name
+
+
+def test_every_layer_is_upcycled(dense, tmp_path):
+    """Each expert has its part of the MLP, those that no router chooses included."""
+    old = dense()
+    for name in FEED_FORWARDS.keys() - {"dense"}:
+        layer = dataclasses.replace(
+            FEED_FORWARDS[name](), num_experts=E, expert_mlp=None, hidden_split=2
+        )
+        experts = upcycled(tmp_path, layer).blocks[3].feed_forward.experts
+        mlp = old.blocks[3].feed_forward
+        assert len(experts.w1) == layer.all_experts()
+        for e in range(len(experts.w1)):
+            part = slice(32 * (e % 2), 32 * (e % 2) + 32)
+            assert torch.equal(experts.w1[e].T, mlp.fc1.weight[part])
+            assert torch.equal(experts.w2[e].T, mlp.fc2.weight[:, part])
+            assert torch.equal(experts.b1[e], mlp.fc1.bias[part])
+            assert torch.equal(experts.b2[e], mlp.fc2.bias / 2)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
