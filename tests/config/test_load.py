@@ -114,7 +114,7 @@ def test_size_stands_for_three_keys(tmp_path):
         ("data: null", r"data: a section of keys is wanted here, not None"),
         ("model: {size: [L]}", r"model\.size: unknown \['L'\]"),
         ("model: 3", r"model: a section of keys is wanted"),
-        ("model: {size: huge}", r"model\.size: unknown 'huge'; known: B, L, S"),
+        ("model: {size: huge}", r"model\.size: unknown 'huge'; known: B, G, L, S"),
         ("objective: {name: vdm}", r"objective\.name: unknown 'vdm'; known: ddpm, flow"),
         (
             "model: {feed_forward: {name: [diffmoe]}}",
@@ -195,7 +195,10 @@ def test_an_unknown_name_lists_near_ones(name, near):
         ("dit_S_ddpm", "it is now dit/S_flow with --objective.name ddpm$"),
         ("jitmoe_B16_E16", "it is now jit/B16_E16$"),
         ("imagenet256_jit", "it is now jit/imagenet256$"),
-        ("imagenet256", "near it: dit/imagenet256, dsmoe/imagenet256, jit/imagenet256$"),
+        (
+            "imagenet256",
+            "near it: dit/imagenet256, ditmoe/imagenet256, dsmoe/imagenet256, jit/imagenet256, promoe/imagenet256$",
+        ),
         ("S_E16_flow", "near it: diffmoe/S_E16_flow, dsmoe/S_E16_flow, ecdit/S_E16_flow, tcdit/"),
         ("dit", r"dit is a folder, not a file; configs in it: dit/B_flow, .*, \.\.\.$"),
         ("nowhere", r"there are such as 000_DiffMoE_S_E16_Flow, .*, \.\.\.$"),
@@ -220,7 +223,7 @@ def test_a_folder_is_no_config(tmp_path):
         (["--modell.depth", "1"], r"--modell: unknown key; did you mean --model\?$"),
         (
             ["--model.feed_forward.top_k", "1"],
-            r"--model\.feed_forward\.name deepseek or token_choice has it, not diffmoe$",
+            r"--model\.feed_forward\.name deepseek or promoe or token_choice has it, not diffmoe$",
         ),
         (["--objective.loss", "kl"], r"--objective\.name ddpm has it, not flow$"),
         (["--nothing", "1"], r"--nothing: unknown key; --help lists the keys$"),
