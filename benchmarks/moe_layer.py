@@ -2,14 +2,15 @@
 
 One feed-forward layer of each kind against the dense one of the same activated width: seconds of a
 training pass (forward and backward) and of inference as ratios, and memory for the backward pass.
-`--family deepseek` takes the layers of DSMoE-S, each against a SwiGLU as wide as its top-k experts
-and its shared expert together; `--family race` those of Expert Race, whose race, thresholds and two
-losses come on top of experts as wide together as the dense layer, and expert choice with weights
-renormalised for each token.
+`--family deepseek`, `promoe` and `ditmoe` take the layers of DSMoE-S, ProMoE and DiT-MoE, each
+against a dense layer of its kind as wide as the experts of a token and the shared one together. `--family
+race` takes those of Expert Race, whose race and two losses come on top of experts that are together
+as wide as the dense layer, and expert choice with weights renormalised for each token.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from benchmarks.measure import (
     report,
 )
 from benchmarks.pseudo_code import Algorithm3
-from config.model import FeedForwardConfig
+from config.model import FeedForwardConfig, MoEConfig
 from config.race import RaceConfig
 from config.schema import (
     DeepSeekConfig,
@@ -31,6 +32,7 @@ from config.schema import (
     DiffMoEConfig,
     ExpertChoiceConfig,
     ModelConfig,
+    ProMoEConfig,
     TokenChoiceConfig,
 )
 from core.command_line import Parser, file_to_write, positive
@@ -55,6 +57,40 @@ def layers(experts: int) -> dict[str, FeedForwardConfig]:
 
 DEEPSEEK = {"deepseek E16-k2": (16, 2, 2.0), "deepseek E48-k5": (48, 5, 1 / 3)}
 """Experts, top-k, and width of an expert in units of D, of DSMoE-S."""
+
+KINDS = {"gelu": "GELU", "swiglu": "SwiGLU"}
+
+
+def _sizes(kind: str, width: int, shared: int) -> dict[str, object]:
+    return {
+        **{"expert_mlp": kind, "intermediate_size": width},
+        **{"shared_mlp": kind, "shared_intermediate_size": shared},
+    }
+
+
+def deepseek_layers(hidden_size: int) -> dict[str, MoEConfig]:
+    """Those of DSMoE-S."""
+    found = {}
+    for name, (experts, top_k, ratio) in DEEPSEEK.items():
+        width = round(ratio * hidden_size)
+        sizes = _sizes("swiglu", width, width)
+        found[name] = DeepSeekConfig(num_experts=experts, top_k=top_k, **sizes)
+    return found
+
+
+def promoe_layers(hidden_size: int) -> dict[str, MoEConfig]:
+    """Those of ProMoE, where all samples have a class."""
+    sizes = _sizes("gelu", 2 * hidden_size, 2 * hidden_size)
+    return {
+        f"promoe E12 by {choice}": ProMoEConfig(num_experts=12, choice=choice, **sizes)
+        for choice in ("token", "expert")
+    }
+
+
+def ditmoe_layers(hidden_size: int) -> dict[str, MoEConfig]:
+    """That of DiT-MoE with 8 experts."""
+    sizes = _sizes("swiglu", 4 * hidden_size, 2 * hidden_size)
+    return {"ditmoe E8-k2": TokenChoiceConfig(num_experts=8, top_k=2, **sizes)}
 
 
 def build(
@@ -82,29 +118,26 @@ def diffmoe_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], di
     return modules, dict.fromkeys(modules, "dense")
 
 
-def deepseek_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """DSMoE's layers, and for each the name of its dense counterpart."""
+def published_modules(
+    layers: Callable[[int], dict[str, MoEConfig]], flags: argparse.Namespace
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers of a paper, and for each the name of its dense counterpart."""
     device, D = torch.device(flags.device), flags.hidden_size
     modules, baselines = {}, {}
-    for name, (experts, top_k, ratio) in DEEPSEEK.items():
-        width = round(ratio * D)
-        dense = f"dense SwiGLU of {(top_k + 1) * width}"
-        modules[dense] = build(
-            DenseConfig(), D, "auto", device, mlp="swiglu", intermediate_size=(top_k + 1) * width
-        )
-        layer = DeepSeekConfig(
-            num_experts=experts,
-            top_k=top_k,
-            intermediate_size=width,
-            shared_mlp="swiglu",
-            shared_intermediate_size=width,
-        )
+    for name, layer in layers(D).items():
+        routed = layer.experts_per_token() * layer.intermediate_size
+        width, kind = round(routed) + layer.shared_intermediate_size, layer.expert_mlp
+        dense = f"dense {KINDS[kind]} of {width}"
+        if dense not in modules:
+            same = {"mlp": kind, "intermediate_size": width}
+            modules[dense] = build(DenseConfig(), D, "auto", device, **same)
         modules[name] = build(layer, D, "auto", device)
-        if flags.compile:
-            modules[dense].compile()
-            modules[name].compile()
         modules[f"{name}, loop"] = build(layer, D, "loop", device)
         baselines |= dict.fromkeys((dense, name, f"{name}, loop"), dense)
+    if flags.compile:
+        for name in modules:
+            if not name.endswith(", loop"):
+                modules[name].compile()
     return modules, baselines
 
 
@@ -130,7 +163,13 @@ def race_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], dict[
     return modules, dict.fromkeys(modules, "dense")
 
 
-FAMILIES = {"diffmoe": diffmoe_modules, "deepseek": deepseek_modules, "race": race_modules}
+FAMILIES = {
+    "diffmoe": diffmoe_modules,
+    "deepseek": partial(published_modules, deepseek_layers),
+    "promoe": partial(published_modules, promoe_layers),
+    "ditmoe": partial(published_modules, ditmoe_layers),
+    "race": race_modules,
+}
 
 
 def settle(module: nn.Module, x: Tensor) -> None:

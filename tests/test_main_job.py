@@ -132,12 +132,16 @@ def test_tensorboard_has_losses_capacity_loads_and_grids(trained):
     assert [e.step for e in events.Images("samples/ema")] == [2, 4]
 
 
-def test_training_goes_on_where_it_stopped(tiny_config, tmp_path):
-    whole = run_training(tiny_config, tmp_path / "whole", "--train.max_steps", "6")
-    run_training(tiny_config, tmp_path / "parts")
-    parts = run_training(
-        tiny_config, tmp_path / "parts", "--train.max_steps", "6", "--resume", "auto"
-    )
+PROMOE = ["--model.feed_forward.router_input", "decoupled", "--model.qk_norm", "layernorm"]
+PROMOE += ["--model.feed_forward.name", "promoe", "--model.feed_forward.top_k", "2"]
+
+
+@pytest.mark.parametrize("layer", [[], PROMOE], ids=["diffmoe", "promoe"])
+def test_training_goes_on_where_it_stopped(layer, tiny_config, tmp_path):
+    whole = run_training(tiny_config, tmp_path / "whole", *layer, "--train.max_steps", "6")
+    run_training(tiny_config, tmp_path / "parts", *layer)
+    again = ["--train.max_steps", "6", "--resume", "auto"]
+    parts = run_training(tiny_config, tmp_path / "parts", *layer, *again)
     for weights in ("model", "ema"):
         one, other = (load_pretrained(run, weights).model.state_dict() for run in (whole, parts))
         for name, tensor in one.items():

@@ -44,11 +44,11 @@ train | train: unknown; a value follows its flag
 --hidden_size 8 | did you mean --model.hidden_size?
 --nothing-of-the-kind 1 | --nothing_of_the_kind: unknown key; --help lists the keys
 --model 3 | --model: is a section; give its keys
---model.feed_forward.top_k 2 | --model.feed_forward.name deepseek or token_choice has it, not diffmo
+--model.feed_forward.top_k 2 | --model.feed_forward.name deepseek or promoe or token_choice has it
 --objective.noise_schedule linear | --objective.name ddpm has it, not flow
 --model.feed_forward.name moe | model.feed_forward.name: unknown 'moe'; known: deepseek, dense
 --objective.name vdm | objective.name: unknown 'vdm'; known: ddpm, flow
---model.size XS | --model.size: unknown 'XS'; known: B, L, S
+--model.size XS | --model.size: unknown 'XS'; known: B, G, L, S
 --seed x | seed: 'x' is not allowed; wanted: int
 --seed 1.5 | seed: '1.5' is not allowed; wanted: int
 --seed null | seed: null is not allowed; wanted: int

@@ -52,6 +52,22 @@ def test_a_table_of_races(tmp_path, capsys):
     assert "race, 512 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("family", "dense", "layers"),
+    [
+        ("promoe", "dense GELU of 64", {"promoe E12 by token", "promoe E12 by expert"}),
+        ("ditmoe", "dense SwiGLU of 160", {"ditmoe E8-k2"}),  # 2 x 4 D + 2 D
+    ],
+)
+def test_tables_of_other_papers(family, dense, layers, tmp_path):
+    sizes = ["--hidden-size", "16", "--tokens", "512", "--repeats", "1", "--device", "cpu"]
+    out = tmp_path / "layer.json"
+    moe_layer.main([*sizes, "--family", family, "--out", str(out)])
+    rows = {row["layer"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows.keys() == {dense, *layers, *(f"{name}, loop" for name in layers)}
+    assert rows[dense]["train / dense"] == 1
+
+
 TEXT = """data: {text_cached_path: texts, horizontal_flip: false}
 model: {text_hidden_size: 6, text_max_length: 5, num_classes: 0}
 """
