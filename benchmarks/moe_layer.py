@@ -3,9 +3,9 @@
 One feed-forward layer of each kind against the dense one of the same activated width: seconds of a
 training pass (forward and backward) and of inference as ratios, and memory for the backward pass.
 `--family deepseek`, `promoe` and `ditmoe` take the layers of DSMoE-S, ProMoE and DiT-MoE, each
-against a dense layer of its kind as wide as the experts of a token and the shared one together. `--family
-race` takes those of Expert Race, whose race and two losses come on top of experts that are together
-as wide as the dense layer, and expert choice with weights renormalised for each token.
+against a dense layer of its kind as wide as the experts of a token and the shared one together.
+`--family race` takes those of Expert Race, whose race and two losses come on top of experts that
+are together as wide as the dense layer, and expert choice with weights renormalised for each token.
 """
 
 import argparse
