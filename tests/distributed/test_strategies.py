@@ -102,7 +102,8 @@ def test_prototypes_learn_alike_on_one_process_and_on_two(runs, promoe_alone, na
             assert other[key] == pytest.approx(one[key], rel=1e-5), key
     wanted, found = weights(promoe_alone, "model"), weights(runs / name, "model")
     for key, tensor in wanted.items():
-        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+        if not key.endswith("k_norm.bias"):  # no score feels it: its gradient is rounding alone
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
 
 
 @pytest.mark.slow
