@@ -21,7 +21,7 @@ TRAIN = """
 --config '' | --config: no file ''
 --config {empty} | is a folder, not a file
 --config dit | dit is a folder, not a file; configs in it: dit/B_flow
---config imagenet256 | near it: dit/imagenet256, dsmoe/imagenet256, jit/imagenet256
+--config imagenet256 | near it: dit/imagenet256, ditmoe/imagenet256, dsmoe/imagenet256
 --config dit_S_ddpm | it is now dit/S_flow with --objective.name ddpm
 --config difmoe/L_E16_flow | near it: diffmoe/L_E16_flow
 --config {text} | a config is a mapping of keys, not str
@@ -48,7 +48,7 @@ train | train: unknown; a value follows its flag
 --objective.noise_schedule linear | --objective.name ddpm has it, not flow
 --model.feed_forward.name moe | model.feed_forward.name: unknown 'moe'; known: deepseek, dense
 --objective.name vdm | objective.name: unknown 'vdm'; known: ddpm, flow
---model.size XS | --model.size: unknown 'XS'; known: B, G, L, S
+--model.size XS | --model.size: unknown 'XS'; known: B, G, L, M, S
 --seed x | seed: 'x' is not allowed; wanted: int
 --seed 1.5 | seed: '1.5' is not allowed; wanted: int
 --seed null | seed: null is not allowed; wanted: int
