@@ -51,7 +51,13 @@ def _blows_up(config: Config) -> bool:
 BLOWS_UP = "objective.path vp, or objective.prediction noise or score"
 
 NEEDS = (
-    Need("", "init_fresh", lambda c: c.init_from is not None, "init_from"),
+    Need("", "init_fresh init_upcycle", lambda c: c.init_from is not None, "init_from"),
+    Need(
+        "",
+        "init_upcycle",
+        lambda c: not isinstance(c.model.feed_forward, DenseConfig),
+        "a model.feed_forward.name other than dense",
+    ),
     Need("data", "cached_path", lambda c: c.data.source != "images", "data.source latents or npz"),
     Need("data", "npz_contents", lambda c: c.data.source == "npz", "data.source npz"),
     Need(
@@ -127,6 +133,9 @@ NEEDS = (
         lambda c: not isinstance(c.model.feed_forward, DenseConfig),
         "a model.feed_forward.name other than dense",
     ),
+    Need(
+        "model", "qk_norm_eps", lambda c: c.model.qk_norm == "layernorm", "model.qk_norm layernorm"
+    ),
     Need("model", "context_start", lambda c: c.model.context_tokens > 0, "model.context_tokens"),
     Need(
         "model",
@@ -154,9 +163,39 @@ NEEDS = (
     ),
     Need(
         "model.feed_forward",
+        "hidden_split",
+        lambda c: c.model.feed_forward.intermediate_size is None,
+        "model.feed_forward.intermediate_size null",
+    ),
+    Need(
+        "model.feed_forward",
         "fixed_threshold",
         lambda c: _layer("inference")(c) == "fixed",
         "model.feed_forward.inference fixed",
+    ),
+    Need(
+        "model.feed_forward",
+        "round_share_first",
+        lambda c: c.model.feed_forward.rounding == "down",
+        "model.feed_forward.rounding down",
+    ),
+    Need(
+        "model.feed_forward",
+        "contrastive_temperature contrastive_top_k",
+        _layer("contrastive_loss_weight"),
+        "model.feed_forward.contrastive_loss_weight above 0",
+    ),
+    Need(
+        "model.feed_forward",
+        "contrastive_top_k",
+        lambda c: _layer("choice")(c) == "token",
+        "model.feed_forward.choice token",
+    ),
+    Need(
+        "model.feed_forward",
+        "balance_per_sample",
+        _layer("balance_loss_weight"),
+        "model.feed_forward.balance_loss_weight above 0",
     ),
     Need(
         "model.feed_forward",
@@ -169,6 +208,12 @@ NEEDS = (
         "time_mean time_std",
         _objective("time_distribution", "logit_normal"),
         "objective.time_distribution logit_normal",
+    ),
+    Need(
+        "objective",
+        "time_mode_scale",
+        _objective("time_distribution", "mode"),
+        "objective.time_distribution mode",
     ),
     Need("objective", "train_eps", _blows_up, BLOWS_UP),
     Need(
@@ -207,6 +252,12 @@ NEEDS = (
         "overshoot",
         lambda c: c.sampling.sampler in ADAPTIVE,
         "a sampler that chooses its steps, such as dopri5",
+    ),
+    Need(
+        "sampling",
+        "time_shift",
+        lambda c: c.objective.name == "flow" and c.sampling.sampler not in ADAPTIVE,
+        "objective.name flow and a sampler with fixed steps",
     ),
     Need("sampling", "ddim_eta", lambda c: c.sampling.sampler == "ddim", "sampling.sampler ddim"),
     Need("sampling", "clip_denoised", lambda c: c.objective.name == "ddpm", "objective.name ddpm"),

@@ -35,20 +35,28 @@ class MoEConfig:
         num_experts: experts in each MoE layer, N of the paper.
         expert_mlp: kind of the experts; by default model.mlp.
         intermediate_size: hidden width of an expert; by default that of the dense layers.
+        hidden_split: into so many parts that width falls by default: as many narrow experts of a
+            token cost what one wide one does.
         shared_mlp: a dense MLP that every token goes through besides, or `none`, or `identity`,
             which adds the layer's input.
         shared_intermediate_size: hidden width of the shared MLP.
         router_init: first weights of the router: as the `published` code draws them, or
             Xavier-uniform.
+        router_input: what the router reads: the `modulated` tokens, as the experts do, or,
+            `decoupled` from the condition, the embedding of the time and the normalised tokens
+            before they are modulated (Nucleus-Image), twice as wide. The class and the text
+            reach a decoupled router through the tokens only.
     """
 
     name: str = ""
     num_experts: int = 16
     expert_mlp: MLP | None = None
     intermediate_size: int | None = None
+    hidden_split: int = 1
     shared_mlp: Literal["none", "identity"] | MLP = "none"
     shared_intermediate_size: int = 0
     router_init: Literal["published", "xavier"] = "published"
+    router_input: Literal["modulated", "decoupled"] = "modulated"
 
     def experts_per_token(self) -> float:
         """Experts that compute a token in training, on average: C of Eq. 8.
@@ -56,6 +64,17 @@ class MoEConfig:
         Every layer says it for itself; parameters at work and FLOPs follow from it.
         """
         raise NotImplementedError(f"{type(self).__name__}.experts_per_token: not said")
+
+    def gate_sum(self) -> str:
+        """What the weights of a token's experts sum to in the first step, in words.
+
+        `one` if that is so for every token.
+        """
+        return "what its router says"
+
+    def all_experts(self) -> int:
+        """Experts that a layer has, those that no router chooses included."""
+        return self.num_experts
 
     def pools_batch(self) -> bool:
         """Whether what a sample gets depends on the others of its micro-batch.
@@ -86,6 +105,49 @@ class TokenChoiceConfig(MoEConfig):
     def experts_per_token(self) -> float:
         """K."""
         return float(self.top_k)
+
+    def gate_sum(self) -> str:
+        """Affinities are shares of one over all experts."""
+        return "one" if self.top_k == self.num_experts else "their affinities, below one"
+
+
+@dataclass
+class ProMoEConfig(MoEConfig):
+    """Prototypes (ProMoE): experts by cosine, and one for samples without a condition.
+
+    Attributes:
+        name: which feed-forward layer.
+        choice: every `token` takes its top experts, or every `expert` its top tokens of a sample.
+        top_k: experts per token; on average, where experts choose.
+        score: weight of an expert: the cosine itself (`identity`), its sigmoid, or a softmax over
+            the experts (where experts choose: over the tokens of the sample).
+        unconditional_expert: one expert more, to which samples without class and caption go whole.
+        contrastive_loss_weight: weight of the loss that draws each prototype to the mean of its
+            expert's tokens and away from those of the others; 0 turns it off.
+        contrastive_temperature: that the cosines of this loss are divided by.
+        contrastive_top_k: a token belongs to all experts that it takes there, else to its first.
+        balance_loss_weight: weight of a load-balancing loss of token choice; 0 turns it off.
+        balance_per_sample: balance the load within each sample.
+    """
+
+    name: Literal["promoe"] = "promoe"
+    choice: Literal["token", "expert"] = "token"
+    top_k: int = 1
+    score: Literal["identity", "sigmoid", "softmax"] = "identity"
+    unconditional_expert: bool = True
+    contrastive_loss_weight: float = 1.0
+    contrastive_temperature: float = 0.07
+    contrastive_top_k: bool = True
+    balance_loss_weight: float = 0.0
+    balance_per_sample: bool = False
+
+    def experts_per_token(self) -> float:
+        """K; the tokens of samples without a condition have one expert."""
+        return float(self.top_k)
+
+    def all_experts(self) -> int:
+        """With that of samples without a condition."""
+        return self.num_experts + self.unconditional_expert
 
 
 @dataclass
@@ -120,6 +182,13 @@ class DeepSeekConfig(MoEConfig):
         """K."""
         return float(self.top_k)
 
+    def gate_sum(self) -> str:
+        """They are normalised where there are several."""
+        if self.top_k == 1:
+            return f"{self.routed_scaling_factor:g} times its affinity"
+        scale = self.routed_scaling_factor
+        return "one" if scale == 1 else f"{scale:g}"
+
 
 @dataclass
 class ExpertChoiceConfig(MoEConfig):
@@ -139,8 +208,13 @@ class ExpertChoiceConfig(MoEConfig):
         fixed_threshold: gamma of `fixed` inference.
         capacity_schedule: steps (I, II): capacity is num_experts up to step I, falls linearly to
             `capacity` at step II and stays there. None: constant.
+        rounding: of T * C / E, the tokens of an expert: `down`, or `up` as Nucleus-Image has it.
         round_share_first: tokens per expert int((T / E) * C) as in Algorithm 3, which loses a
             token for some E (7, 11, 13 ...), instead of int(T * C / E).
+        scores: of the affinities, `softmax` over the experts or `sigmoid`.
+        renormalise: `token` divides the weights of a token's experts by their sum, so that all
+            tokens that any expert takes get as much (Nucleus-Image).
+        route_scale: factor of the weights.
     """
 
     name: Literal["expert_choice"] = "expert_choice"
@@ -153,11 +227,24 @@ class ExpertChoiceConfig(MoEConfig):
     inference_capacity: float | None = None
     fixed_threshold: float = 0.5
     capacity_schedule: tuple[int, int] | None = None
+    rounding: Literal["down", "up"] = "down"
     round_share_first: bool = False
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    renormalise: Literal["none", "token"] = "none"
+    route_scale: float = 1.0
 
     def experts_per_token(self) -> float:
         """C."""
         return self.capacity
+
+    def gate_sum(self) -> str:
+        """Where some token may have no expert, one is not reached."""
+        everywhere = (self.capacity_at(0) or self.capacity) == self.num_experts
+        if self.renormalise == "token":
+            total = "one" if self.route_scale == 1 else f"{self.route_scale:g}"
+            return total if everywhere else f"{total}, or to none where no expert takes it"
+        shares = everywhere and self.scores == "softmax" and self.route_scale == 1
+        return "one" if shares else "the affinities of those that take it"
 
     def pools_batch(self) -> bool:
         """Where the pool is the batch."""
@@ -187,7 +274,12 @@ class DiffMoEConfig(ExpertChoiceConfig):
 
 
 FeedForwardConfig = (
-    DenseConfig | TokenChoiceConfig | ExpertChoiceConfig | DiffMoEConfig | DeepSeekConfig
+    DenseConfig
+    | TokenChoiceConfig
+    | ExpertChoiceConfig
+    | DiffMoEConfig
+    | DeepSeekConfig
+    | ProMoEConfig
 )
 
 
@@ -206,7 +298,12 @@ class ModelConfig:
         head_dim: width of an attention head; by default hidden_size / num_heads.
         num_kv_heads: heads of keys and values, each shared by as many of queries (grouped-query
             attention); by default num_heads.
-        qk_norm: RMS-normalise queries and keys of each head, with weights.
+        qk_norm: normalise queries and keys of each head, by RMSNorm with weights or LayerNorm with
+            weights and biases; `true` and `false` of older files are rmsnorm and none.
+        qk_norm_eps: added to the variance by that LayerNorm.
+        time_scale: factor of the time before it is embedded: 1000 in ProMoE, else 1.
+        time_reversed: embed 1 - t instead of t, so that 0 is data and 1 is noise, as ProMoE and
+            DiT-MoE count the times of a flow.
         norm: normalisation before attention and feed-forward layers, LayerNorm without or RMSNorm
             with weights.
         final_norm: the same before the output layer.
@@ -251,7 +348,10 @@ class ModelConfig:
     num_heads: int = 6
     head_dim: int | None = None
     num_kv_heads: int | None = None
-    qk_norm: bool = False
+    qk_norm: Literal["none", "rmsnorm", "layernorm"] | bool = "none"
+    qk_norm_eps: float = 1e-5
+    time_scale: float = 1.0
+    time_reversed: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     final_norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     positions: Literal["sincos", "none"] = "sincos"
@@ -275,13 +375,23 @@ class ModelConfig:
     expert_backend: Literal["auto", "loop", "bmm", "grouped_mm"] = "auto"
     feed_forward: FeedForwardConfig = field(default_factory=DiffMoEConfig)
 
+    def __post_init__(self):
+        if isinstance(self.qk_norm, bool):
+            self.qk_norm = "rmsnorm" if self.qk_norm else "none"
+
     def dense_width(self) -> int:
         """Hidden width of a dense layer."""
         return self.intermediate_size or int(self.hidden_size * self.mlp_ratio)
 
     def expert_width(self) -> int:
         """Hidden width of an expert."""
-        return self.feed_forward.intermediate_size or self.dense_width()
+        layer = self.feed_forward
+        return layer.intermediate_size or self.dense_width() // layer.hidden_split
+
+    def router_width(self) -> int:
+        """Width of what a router reads."""
+        decoupled = self.feed_forward.router_input == "decoupled"
+        return 2 * self.hidden_size if decoupled else self.hidden_size
 
     def has_experts(self, block: int) -> bool:
         """Whether block number `block` has the configured layer instead of a dense one."""

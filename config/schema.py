@@ -14,6 +14,7 @@ from config.model import (
     ExpertChoiceConfig,
     ModelConfig,
     MoEConfig,
+    ProMoEConfig,
     TokenChoiceConfig,
 )
 from config.objective import (
@@ -22,6 +23,7 @@ from config.objective import (
     ObjectiveConfig,
     SamplingConfig,
 )
+from config.race import RaceConfig
 
 
 @dataclass
@@ -237,6 +239,8 @@ class Config:
         init_fresh: what keeps its fresh weights then: nothing, the `labels` (another set of
             classes), the `head` (another output), `both`, or the `text` (a model of text from one
             of classes, or with another text encoder).
+        init_upcycle: that checkpoint is of a dense model, of whose MLPs every expert is a copy, or
+            a part where experts are narrower; routers and shared MLPs start fresh.
     """
 
     seed: int = 0
@@ -245,6 +249,7 @@ class Config:
     resume: Literal["auto", "never"] = "never"
     init_from: str | None = None
     init_fresh: Literal["nothing", "labels", "head", "both", "text"] = "nothing"
+    init_upcycle: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=FlowConfig)
@@ -276,6 +281,8 @@ FEED_FORWARDS = {
     "expert_choice": ExpertChoiceConfig,
     "diffmoe": DiffMoEConfig,
     "deepseek": DeepSeekConfig,
+    "race": RaceConfig,
+    "promoe": ProMoEConfig,
 }
 
 CHOICES = {"model.feed_forward": FEED_FORWARDS, "objective": OBJECTIVES}

@@ -12,11 +12,22 @@ from config.schema import (
     DiffMoEConfig,
     ExpertChoiceConfig,
     ModelConfig,
+    ProMoEConfig,
     TokenChoiceConfig,
 )
 from config.validate_model import check_model
 from core.errors import UserError, unknown_name
-from published.keywords import DIT, DSMOE, DSMOE_KEYS, JIT, JIT_KEYS, MOE_KEYS
+from published.keywords import (
+    DIT,
+    DITMOE,
+    DSMOE,
+    DSMOE_KEYS,
+    JIT,
+    JIT_KEYS,
+    MOE_KEYS,
+    PROMOE,
+    PROMOE_KEYS,
+)
 
 ANY = 1 << 30
 """A micro-batch that sets no limit to experts: a constructor does not know it."""
@@ -188,7 +199,7 @@ def _jit_model(values: dict, moe: dict) -> ModelConfig:
         intermediate_size=int(int(values["hidden_size"] * values["mlp_ratio"]) * 2 / 3),
         norm="rmsnorm",
         final_norm="rmsnorm",
-        qk_norm=True,
+        qk_norm="rmsnorm",
         rope="2d",
         bottleneck_size=values["bottleneck_dim"],
         context_tokens=values["in_context_len"],
@@ -196,6 +207,84 @@ def _jit_model(values: dict, moe: dict) -> ModelConfig:
         dropout=_dropout(values, moe) if isinstance(layer, DeepSeekConfig) else values["proj_drop"],
         feed_forward=layer,
     )
+
+
+def _promoe_model(choice: str) -> Callable[[dict, dict], ModelConfig]:
+    """ProMoE by token or by expert; every MLP is GELU whatever `use_swiglu` says."""
+
+    def build(values: dict, moe: dict) -> ModelConfig:
+        alone = moe.get("use_uncond_expert", True)
+        if alone and values["num_classes"] != 1000:
+            raise UserError(
+                f"num_classes: {values['num_classes']}: the published code takes label 1000 for no "
+                "class, so that the expert for it was never trained; allowed: 1000, or "
+                "MoE_config.use_uncond_expert false"
+            )
+        return dataclasses.replace(
+            _backbone(values, moe),
+            mlp="gelu",
+            qk_norm="layernorm" if values["qk_norm"] else "none",
+            qk_norm_eps=1e-5,
+            time_scale=1000.0,
+            time_reversed=True,
+            feed_forward=_prototypes(choice, alone, moe),
+        )
+
+    return build
+
+
+def _prototypes(choice: str, alone: bool, moe: dict) -> ProMoEConfig:
+    shared: dict[str, Any] = {}
+    if moe["use_shared_expert"]:
+        if "shared_expert_intermediate_size" not in moe:
+            raise _missing("MoE_config.shared_expert_intermediate_size")
+        width = moe["shared_expert_intermediate_size"]
+        shared = {"shared_mlp": "gelu", "shared_intermediate_size": width}
+    modes = ("identity", "sigmoid", "softmax")
+    by_token = choice == "token"  # experts that choose have no balance loss, whatever is said
+    return ProMoEConfig(
+        num_experts=moe["num_routed_experts"],
+        intermediate_size=moe["moe_intermediate_size"],
+        choice=choice,
+        top_k=moe["top_k"],
+        score=_one_of("MoE_config.router_weight_mode", moe["router_weight_mode"], modes),
+        unconditional_expert=alone,
+        contrastive_loss_weight=float(moe["routing_contrastive_lam"]),
+        contrastive_temperature=float(moe["routing_contrastive_temperature"]),
+        contrastive_top_k=moe["use_top_k_for_routing_contrastive"],
+        balance_loss_weight=float(moe["load_balance_loss_coef"]) if by_token else 0.0,
+        balance_per_sample=bool(moe.get("seq_aux", False)) and by_token,
+        **shared,
+    )
+
+
+def _ditmoe_model(flow: bool) -> Callable[[dict, dict], ModelConfig]:
+    """DiT-MoE, whose constructor does not say whether it is trained as a flow."""
+
+    def build(values: dict, moe: dict) -> ModelConfig:
+        D, ratio, parts = values["hidden_size"], values["mlp_ratio"], values["pretraining_tp"]
+        if ratio != int(ratio):
+            raise UserError(f"mlp_ratio: {ratio} fails in the published code; allowed: integers")
+        if parts > 1 and (2 * D % parts or int(ratio) * D % parts):
+            raise UserError(
+                f"pretraining_tp: {parts} does not divide the widths {int(ratio) * D} and {2 * D}; "
+                "the published code would drop the rest of them"
+            )
+        flash = {"qk_norm": "layernorm", "qk_norm_eps": 1e-6} if values["use_flash_attn"] else {}
+        return dataclasses.replace(
+            _backbone(values | {"use_swiglu": True}, moe),
+            **flash,
+            time_reversed=flow,
+            feed_forward=TokenChoiceConfig(
+                num_experts=values["num_experts"],
+                top_k=values["num_experts_per_tok"],
+                balance_loss_weight=0.01,
+                shared_mlp="swiglu",
+                shared_intermediate_size=2 * D,
+            ),
+        )
+
+    return build
 
 
 def _dropout(values: dict, moe: dict) -> float:
@@ -238,5 +327,9 @@ FAMILIES: dict[str, Family] = {
     "diffmoe": Family(DIT, MOE_KEYS, _dit_model(_diffmoe), always_moe=True),
     "dsmoe": Family(DSMOE, DSMOE_KEYS, _dsmoe_model, always_moe=True),
     "jit": Family(JIT, JIT_KEYS, _jit_model),
+    "promoe_tc": Family(PROMOE, PROMOE_KEYS, _promoe_model("token"), always_moe=True),
+    "promoe_ec": Family(PROMOE, PROMOE_KEYS, _promoe_model("expert"), always_moe=True),
+    "ditmoe": Family(DITMOE, {}, _ditmoe_model(flow=True)),
+    "ditmoe_ddpm": Family(DITMOE, {}, _ditmoe_model(flow=False)),
 }
 """Families of official models by the name that importers give."""

@@ -58,7 +58,7 @@ def heads(x, count):
     return x.unflatten(-1, (count, -1)).transpose(0, 1)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", ["none", "rmsnorm", "layernorm"])
 def test_a_block_against_a_plain_loop(qk_norm):
     """x += g1 attn(mod(norm x)); x += cross(norm x, text); x += g2 mlp(mod(norm x))."""
     model = small(qk_norm=qk_norm).double()
@@ -78,7 +78,7 @@ def test_a_block_against_a_plain_loop(qk_norm):
         there = text[b][cond.mask[b]]  # only the tokens of this caption
         q = heads(block.cross.q(norm(h)), 2)
         k, v = (heads(part, 2) for part in block.cross.kv(there).chunk(2, dim=-1))
-        if qk_norm:
+        if qk_norm != "none":
             q = block.cross.q_norm(q)
             k = block.cross.k_norm(k)
         weights = (q @ k.transpose(1, 2) / 8**0.5).softmax(dim=-1)

@@ -241,7 +241,7 @@ SIZE = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
     ("changes", "wanted"),
     [
         ({"rope": "2d"}, r"model\.rope: '2d' has no counterpart in the code of DiT and DiffMoE"),
-        ({"qk_norm": True}, r"model\.qk_norm: True has no counterpart"),
+        ({"qk_norm": True}, r"model\.qk_norm: 'rmsnorm' has no counterpart"),
         ({"mlp": "silu"}, r"model\.mlp: 'silu' has no counterpart .*: 'gelu' or 'swiglu'"),
         ({"moe_every": 3, "depth": 3}, r"model\.moe_every: 3 has no counterpart .*: 1 or 2"),
         (
