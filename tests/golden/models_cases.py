@@ -157,7 +157,7 @@ class ModelCase(Case):
             return
         x, t, y = self.inputs("cfg_x", "cfg_t", "cfg_y")
         half = len(x) // 2
-        x, t, cond, null = x[:half], t[:half], y[:half], Condition(y[half:])
+        x, t, cond, null = x[:half], t[:half], y[:half], y[half:]
         scale = self.config["cfg_scale"]
         both: list[ModelOutput] = []
 

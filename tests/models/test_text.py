@@ -12,6 +12,7 @@ from core.conditions import Condition
 from models.build import build_model
 from models.summary import summarize
 from sampling.objectives import build_objective
+from training.step import auxiliary_losses
 
 SHAPE = {"input_size": 8, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 0}
 TEXT = {"text_hidden_size": 12, "text_max_length": 7}
@@ -227,8 +228,8 @@ def test_every_part_gets_a_gradient(name, objective, changes):
     x, _ = inputs(channels=changes.get("in_channels", 4))
     draw = torch.Generator().manual_seed(0)
     terms = made.training_losses(model, x, text_of(), draw)
-    auxiliary = sum(sum(record.losses.values()) for record in terms.routing)
-    (terms.per_sample.mean() + auxiliary).backward()
+    auxiliary = auxiliary_losses(terms.routing, model.patchify(terms.target))
+    (terms.per_sample.mean() + sum(auxiliary.values())).backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
 
