@@ -16,6 +16,9 @@ mkdir -p "$out"
     echo "== DeepSeek-style layers, bf16, compiled: D = 1024, 65,536 tokens"
     python -m benchmarks.moe_layer --device cuda --precision bf16 --compile --hidden-size 1024 \
         --tokens 65536 --family deepseek --repeats 15 --out "$out/gpu_layer_deepseek.json"
+    echo "== Expert Race, bf16, compiled: D = 1024, 65,536 tokens"
+    python -m benchmarks.moe_layer --device cuda --precision bf16 --compile --hidden-size 1024 \
+        --tokens 65536 --family race --repeats 15 --out "$out/gpu_layer_race.json"
     echo "== The whole step, bf16, compiled, batch 256 in forward passes of 64"
     python -m benchmarks.train_step --device cuda --precision bf16 --compile --batch-size 256 \
         --micro-batch-size 64 --repeats 5 --out "$out/gpu_step_L.json" \

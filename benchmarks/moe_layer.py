@@ -2,12 +2,15 @@
 
 One feed-forward layer of each kind against the dense one of the same activated width: seconds of a
 training pass (forward and backward) and of inference as ratios, and memory for the backward pass.
-`--family deepseek` takes the layers of DSMoE-S, each against a SwiGLU as wide as its top-k experts
-and its shared expert together.
+`--family deepseek`, `promoe` and `ditmoe` take the layers of DSMoE-S, ProMoE and DiT-MoE, each
+against a dense layer of its kind as wide as the experts of a token and the shared one together.
+`--family race` takes those of Expert Race, whose race and two losses come on top of experts that
+are together as wide as the dense layer, and expert choice with weights renormalised for each token.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +24,22 @@ from benchmarks.measure import (
     report,
 )
 from benchmarks.pseudo_code import Algorithm3
-from config.model import FeedForwardConfig
-from config.schema import (
+from config.layers import (
     DeepSeekConfig,
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
-    ModelConfig,
+    MoEConfig,
     TokenChoiceConfig,
 )
+from config.model import FeedForwardConfig, ModelConfig
+from config.promoe import ProMoEConfig
+from config.race import RaceConfig
 from core.command_line import Parser, file_to_write, positive
 from core.errors import command
+from core.types import RouterContext, RoutingRecord
 from models.build import FEED_FORWARDS
+from models.moe.race import RaceRouter
 
 SAMPLE = 256
 """Tokens of one sample."""
@@ -50,6 +57,40 @@ def layers(experts: int) -> dict[str, FeedForwardConfig]:
 
 DEEPSEEK = {"deepseek E16-k2": (16, 2, 2.0), "deepseek E48-k5": (48, 5, 1 / 3)}
 """Experts, top-k, and width of an expert in units of D, of DSMoE-S."""
+
+KINDS = {"gelu": "GELU", "swiglu": "SwiGLU"}
+
+
+def _sizes(kind: str, width: int, shared: int) -> dict[str, object]:
+    return {
+        **{"expert_mlp": kind, "intermediate_size": width},
+        **{"shared_mlp": kind, "shared_intermediate_size": shared},
+    }
+
+
+def deepseek_layers(hidden_size: int) -> dict[str, MoEConfig]:
+    """Those of DSMoE-S."""
+    found = {}
+    for name, (experts, top_k, ratio) in DEEPSEEK.items():
+        width = round(ratio * hidden_size)
+        sizes = _sizes("swiglu", width, width)
+        found[name] = DeepSeekConfig(num_experts=experts, top_k=top_k, **sizes)
+    return found
+
+
+def promoe_layers(hidden_size: int) -> dict[str, MoEConfig]:
+    """Those of ProMoE, where all samples have a class."""
+    sizes = _sizes("gelu", 2 * hidden_size, 2 * hidden_size)
+    return {
+        f"promoe E12 by {choice}": ProMoEConfig(num_experts=12, choice=choice, **sizes)
+        for choice in ("token", "expert")
+    }
+
+
+def ditmoe_layers(hidden_size: int) -> dict[str, MoEConfig]:
+    """That of DiT-MoE with 8 experts."""
+    sizes = _sizes("swiglu", 4 * hidden_size, 2 * hidden_size)
+    return {"ditmoe E8-k2": TokenChoiceConfig(num_experts=8, top_k=2, **sizes)}
 
 
 def build(
@@ -77,38 +118,67 @@ def diffmoe_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], di
     return modules, dict.fromkeys(modules, "dense")
 
 
-def deepseek_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """DSMoE's layers, and for each the name of its dense counterpart."""
+def published_modules(
+    layers: Callable[[int], dict[str, MoEConfig]], flags: argparse.Namespace
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers of a paper, and for each the name of its dense counterpart."""
     device, D = torch.device(flags.device), flags.hidden_size
     modules, baselines = {}, {}
-    for name, (experts, top_k, ratio) in DEEPSEEK.items():
-        width = round(ratio * D)
-        dense = f"dense SwiGLU of {(top_k + 1) * width}"
-        modules[dense] = build(
-            DenseConfig(), D, "auto", device, mlp="swiglu", intermediate_size=(top_k + 1) * width
-        )
-        layer = DeepSeekConfig(
-            num_experts=experts,
-            top_k=top_k,
-            intermediate_size=width,
-            shared_mlp="swiglu",
-            shared_intermediate_size=width,
-        )
+    for name, layer in layers(D).items():
+        routed = layer.experts_per_token() * layer.intermediate_size
+        width, kind = round(routed) + layer.shared_intermediate_size, layer.expert_mlp
+        dense = f"dense {KINDS[kind]} of {width}"
+        if dense not in modules:
+            same = {"mlp": kind, "intermediate_size": width}
+            modules[dense] = build(DenseConfig(), D, "auto", device, **same)
         modules[name] = build(layer, D, "auto", device)
-        if flags.compile:
-            modules[dense].compile()
-            modules[name].compile()
         modules[f"{name}, loop"] = build(layer, D, "loop", device)
         baselines |= dict.fromkeys((dense, name, f"{name}, loop"), dense)
+    if flags.compile:
+        for name in modules:
+            if not name.endswith(", loop"):
+                modules[name].compile()
     return modules, baselines
 
 
-FAMILIES = {"diffmoe": diffmoe_modules, "deepseek": deepseek_modules}
+RACES: dict[str, FeedForwardConfig] = {
+    "race 1-in-8": RaceConfig(num_experts=8, top_k=1),
+    "race 2-in-8": RaceConfig(num_experts=8, top_k=2, hidden_split=2),
+    "race 4-in-16": RaceConfig(num_experts=16, top_k=4, hidden_split=4),
+    "race 4-in-32": RaceConfig(num_experts=32, top_k=4, hidden_split=4),
+    "expert_choice, renormalised": ExpertChoiceConfig(
+        num_experts=16, renormalise="token", rounding="up"
+    ),
+}
+
+
+def race_modules(flags: argparse.Namespace) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers of Expert Race and of Nucleus-Image's kind, all activated as wide as the dense one."""
+    device, D = torch.device(flags.device), flags.hidden_size
+    kinds = {"dense": DenseConfig(), **RACES}
+    modules = {name: build(layer, D, "auto", device) for name, layer in kinds.items()}
+    if flags.compile:
+        for module in modules.values():
+            module.compile()
+    return modules, dict.fromkeys(modules, "dense")
+
+
+FAMILIES = {
+    "diffmoe": diffmoe_modules,
+    "deepseek": partial(published_modules, deepseek_layers),
+    "promoe": partial(published_modules, promoe_layers),
+    "ditmoe": partial(published_modules, ditmoe_layers),
+    "race": race_modules,
+}
 
 
 def settle(module: nn.Module, x: Tensor) -> None:
-    """Put the thresholds where C of dynamic inference on `x` is 1."""
-    predictor = getattr(getattr(module, "router", None), "predictor", None)
+    """Put the thresholds where inference on `x` takes as many pairs as the config says."""
+    router = getattr(module, "router", None)
+    if isinstance(router, RaceRouter):
+        with torch.no_grad():
+            router.thresholds.copy_(router.row(router(x, RouterContext())[1]))
+    predictor = getattr(router, "predictor", None)
     if predictor is not None:
         with torch.no_grad():
             scores = predictor(x.flatten(0, 1)).sigmoid()
@@ -124,12 +194,19 @@ def training(module: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:
         module.zero_grad(set_to_none=True)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             y, record = module(x)
-        extra = (
-            record if isinstance(record, Tensor) else sum(record.losses.values()) if record else 0
-        )
-        (y.float().mean() + extra).backward()
+        (y.float().mean() + auxiliary(record)).backward()
 
     return call
+
+
+def auxiliary(record: Tensor | RoutingRecord | None) -> Tensor | float:
+    """The losses of a layer, a second head's against zeros; the pseudo-code returns its own."""
+    if not isinstance(record, RoutingRecord):
+        return 0.0 if record is None else record
+    losses = [*record.losses.values()]
+    if record.prediction is not None:
+        losses.append(record.plr_loss(torch.zeros_like(record.prediction)))
+    return sum(losses)
 
 
 def inference(module: nn.Module, x: Tensor, bf16: bool) -> Callable[[], object]:

@@ -18,7 +18,8 @@ import torch
 from benchmarks.measure import alternate, default_device, device_here, machine, report
 from config.files import find_config
 from config.load import load_config
-from config.schema import Config, ModelConfig
+from config.model import ModelConfig
+from config.schema import Config
 from core.command_line import Parser, file_to_write, positive
 from core.conditions import Condition
 from core.distributed import Processes

@@ -1,193 +1,27 @@
-"""What a run can choose about its model: the feed-forward layers and the backbone."""
+"""What a run can choose about its model: the backbone, and one of the feed-forward layers."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-MLP = Literal["gelu", "silu", "swiglu", "swiglu_bias"]
-"""Two layers with biases and tanh-GELU or SiLU between them, or a SwiGLU without or with biases."""
-
-
-@dataclass
-class DenseConfig:
-    """The plain MLP of DiT in every block.
-
-    Attributes:
-        name: which feed-forward layer.
-    """
-
-    name: Literal["dense"] = "dense"
-
-    def pools_batch(self) -> bool:
-        """Whether what a sample gets depends on the others of its micro-batch."""
-        return False
-
-    def capacity_at(self, step: int) -> float | None:
-        """C that a schedule asks for at optimizer step `step` (from 0); None without a schedule."""
-        return None
-
-
-@dataclass
-class MoEConfig:
-    """What all mixture-of-experts layers have.
-
-    Attributes:
-        name: which feed-forward layer.
-        num_experts: experts in each MoE layer, N of the paper.
-        expert_mlp: kind of the experts; by default model.mlp.
-        intermediate_size: hidden width of an expert; by default that of the dense layers.
-        shared_mlp: a dense MLP that every token goes through besides, or `none`, or `identity`,
-            which adds the layer's input.
-        shared_intermediate_size: hidden width of the shared MLP.
-        router_init: first weights of the router: as the `published` code draws them, or
-            Xavier-uniform.
-    """
-
-    name: str = ""
-    num_experts: int = 16
-    expert_mlp: MLP | None = None
-    intermediate_size: int | None = None
-    shared_mlp: Literal["none", "identity"] | MLP = "none"
-    shared_intermediate_size: int = 0
-    router_init: Literal["published", "xavier"] = "published"
-
-    def experts_per_token(self) -> float:
-        """Experts that compute a token in training, on average: C of Eq. 8.
-
-        Every layer says it for itself; parameters at work and FLOPs follow from it.
-        """
-        raise NotImplementedError(f"{type(self).__name__}.experts_per_token: not said")
-
-    def pools_batch(self) -> bool:
-        """Whether what a sample gets depends on the others of its micro-batch.
-
-        If so, the micro-batch is a part of the experiment, and never changed silently.
-        """
-        return False
-
-    def capacity_at(self, step: int) -> float | None:
-        """C that a schedule asks for at optimizer step `step` (from 0); None without a schedule."""
-        return None
-
-
-@dataclass
-class TokenChoiceConfig(MoEConfig):
-    """Token choice (TC-DiT, Eq. 2-3, Algorithm 2): every token takes its top-k experts.
-
-    Attributes:
-        name: which feed-forward layer.
-        top_k: experts per token, K.
-        balance_loss_weight: weight of the load-balancing loss of each layer; 0 turns it off.
-    """
-
-    name: Literal["token_choice"] = "token_choice"
-    top_k: int = 1
-    balance_loss_weight: float = 0.01
-
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
-
-
-@dataclass
-class DeepSeekConfig(MoEConfig):
-    """DeepSeek-style experts (DSMoE): sigmoid affinities, groups, balance by a bias.
-
-    Attributes:
-        name: which feed-forward layer.
-        expert_mlp: kind of the experts; null: model.mlp.
-        top_k: experts per token.
-        num_groups: groups of equally many neighbouring experts; divides num_experts.
-        top_k_groups: groups that a token chooses its experts from: those with the largest sum of
-            their two best scores.
-        routed_scaling_factor: factor of the weights, which sum to 1 before (for top_k above 1).
-        bias_update_rate: step of the correction bias, which is added to the scores for the choice
-            alone, against the sign of each expert's load error, once per optimizer step (Wang et
-            al. 2024, Algorithm 1). 0 holds the bias fixed, as the published training did.
-        zero_masked_groups: experts of other groups score 0 instead of being left out, so that
-            they win against negative scores, as in the published code.
-    """
-
-    name: Literal["deepseek"] = "deepseek"
-    expert_mlp: MLP | None = "swiglu"
-    top_k: int = 2
-    num_groups: int = 1
-    top_k_groups: int = 1
-    routed_scaling_factor: float = 1.0
-    bias_update_rate: float = 0.001
-    zero_masked_groups: bool = False
-
-    def experts_per_token(self) -> float:
-        """K."""
-        return float(self.top_k)
-
-
-@dataclass
-class ExpertChoiceConfig(MoEConfig):
-    """Expert choice (EC-DiT, Algorithm 1): every expert takes its top tokens of the pool.
-
-    Attributes:
-        name: which feed-forward layer.
-        capacity: C of Eq. 8 in training and top-k inference; 1 costs what a dense layer costs.
-        pool: an expert chooses among the tokens of one `sample` or of the whole `batch`.
-        capacity_predictor: train a predictor of the choice (Eq. 10-13), with its thresholds.
-        capacity_loss_weight: weight of the predictor's binary cross-entropy, summed over layers.
-        threshold_decay: alpha of Eq. 17.
-        inference: in evaluation take the top `capacity`, or as many tokens as the predictor
-            puts above the `dynamic` thresholds (Eq. 14, Algorithm 4), or above the `fixed`
-            threshold of all experts (Eq. 16, Table 10).
-        inference_capacity: C of top-k inference where it differs from training (Table 4).
-        fixed_threshold: gamma of `fixed` inference.
-        capacity_schedule: steps (I, II): capacity is num_experts up to step I, falls linearly to
-            `capacity` at step II and stays there. None: constant.
-        round_share_first: tokens per expert int((T / E) * C) as in Algorithm 3, which loses a
-            token for some E (7, 11, 13 ...), instead of int(T * C / E).
-    """
-
-    name: Literal["expert_choice"] = "expert_choice"
-    capacity: float = 1.0
-    pool: Literal["sample", "batch"] = "sample"
-    capacity_predictor: bool = False
-    capacity_loss_weight: float = 1.0
-    threshold_decay: float = 0.95
-    inference: Literal["topk", "dynamic", "fixed"] = "topk"
-    inference_capacity: float | None = None
-    fixed_threshold: float = 0.5
-    capacity_schedule: tuple[int, int] | None = None
-    round_share_first: bool = False
-
-    def experts_per_token(self) -> float:
-        """C."""
-        return self.capacity
-
-    def pools_batch(self) -> bool:
-        """Where the pool is the batch."""
-        return self.pool == "batch"
-
-    def capacity_at(self, step: int) -> float | None:
-        """All experts at first, then down to `capacity`."""
-        if self.capacity_schedule is None:
-            return None
-        first, second = self.capacity_schedule
-        rest = min(1.0, max(0.0, (second - step) / (second - first)))
-        return self.capacity + (self.num_experts - self.capacity) * rest
-
-
-@dataclass
-class DiffMoEConfig(ExpertChoiceConfig):
-    """DiffMoE (Algorithms 3-4): expert choice over the batch, with capacity predictor.
-
-    Attributes:
-        name: which feed-forward layer.
-    """
-
-    name: Literal["diffmoe"] = "diffmoe"
-    pool: Literal["sample", "batch"] = "batch"
-    capacity_predictor: bool = True
-    inference: Literal["topk", "dynamic", "fixed"] = "dynamic"
-
+from config.layers import (
+    MLP,
+    DeepSeekConfig,
+    DenseConfig,
+    DiffMoEConfig,
+    ExpertChoiceConfig,
+    TokenChoiceConfig,
+)
+from config.promoe import ProMoEConfig
+from config.race import RaceConfig
 
 FeedForwardConfig = (
-    DenseConfig | TokenChoiceConfig | ExpertChoiceConfig | DiffMoEConfig | DeepSeekConfig
+    DenseConfig
+    | TokenChoiceConfig
+    | ExpertChoiceConfig
+    | DiffMoEConfig
+    | DeepSeekConfig
+    | ProMoEConfig
+    | RaceConfig
 )
 
 
@@ -206,7 +40,12 @@ class ModelConfig:
         head_dim: width of an attention head; by default hidden_size / num_heads.
         num_kv_heads: heads of keys and values, each shared by as many of queries (grouped-query
             attention); by default num_heads.
-        qk_norm: RMS-normalise queries and keys of each head, with weights.
+        qk_norm: normalise queries and keys of each head, by RMSNorm with weights or LayerNorm with
+            weights and biases; `true` and `false` of older files are rmsnorm and none.
+        qk_norm_eps: added to the variance by that LayerNorm.
+        time_scale: factor of the time before it is embedded: 1000 in ProMoE, else 1.
+        time_reversed: embed 1 - t instead of t, so that 0 is data and 1 is noise, as ProMoE and
+            DiT-MoE count the times of a flow.
         norm: normalisation before attention and feed-forward layers, LayerNorm without or RMSNorm
             with weights.
         final_norm: the same before the output layer.
@@ -251,7 +90,10 @@ class ModelConfig:
     num_heads: int = 6
     head_dim: int | None = None
     num_kv_heads: int | None = None
-    qk_norm: bool = False
+    qk_norm: Literal["none", "rmsnorm", "layernorm"] | bool = "none"
+    qk_norm_eps: float = 1e-5
+    time_scale: float = 1.0
+    time_reversed: bool = False
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     final_norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     positions: Literal["sincos", "none"] = "sincos"
@@ -275,13 +117,23 @@ class ModelConfig:
     expert_backend: Literal["auto", "loop", "bmm", "grouped_mm"] = "auto"
     feed_forward: FeedForwardConfig = field(default_factory=DiffMoEConfig)
 
+    def __post_init__(self):
+        if isinstance(self.qk_norm, bool):
+            self.qk_norm = "rmsnorm" if self.qk_norm else "none"
+
     def dense_width(self) -> int:
         """Hidden width of a dense layer."""
         return self.intermediate_size or int(self.hidden_size * self.mlp_ratio)
 
     def expert_width(self) -> int:
         """Hidden width of an expert."""
-        return self.feed_forward.intermediate_size or self.dense_width()
+        layer = self.feed_forward
+        return layer.intermediate_size or self.dense_width() // layer.hidden_split
+
+    def router_width(self) -> int:
+        """Width of what a router reads."""
+        decoupled = self.feed_forward.router_input == "decoupled"
+        return 2 * self.hidden_size if decoupled else self.hidden_size
 
     def has_experts(self, block: int) -> bool:
         """Whether block number `block` has the configured layer instead of a dense one."""

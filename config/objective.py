@@ -20,9 +20,13 @@ class FlowConfig:
         sample_eps: the same for sampling; by default 1e-3.
         t_eps: least sigma (1 - t on the straight path) that the velocity of a predicted x is
             divided by.
-        time_distribution: training times are `uniform`, or sigmoid(N(time_mean, time_std)).
+        time_distribution: training times are `uniform`, or sigmoid(N(time_mean, time_std)), or
+            the `mode` sampling of Stable Diffusion 3 (Esser et al. 2024, Eq. 20).
         time_mean: of `logit_normal` times, P_mean of JiT.
         time_std: of `logit_normal` times, P_std of JiT.
+        time_mode_scale: of `mode` times: above 0 favours the middle.
+        time_shift: moves training times towards the noise: its share s = 1 - t becomes
+            c s / (1 + (c - 1) s); 1 leaves them.
         noise_scale: standard deviation of the noise.
     """
 
@@ -33,9 +37,11 @@ class FlowConfig:
     train_eps: float | None = None
     sample_eps: float | None = None
     t_eps: float = 0.05
-    time_distribution: Literal["uniform", "logit_normal"] = "uniform"
+    time_distribution: Literal["uniform", "logit_normal", "mode"] = "uniform"
     time_mean: float = -0.8
     time_std: float = 0.8
+    time_mode_scale: float = 1.29
+    time_shift: float = 1.0
     noise_scale: float = 1.0
 
 
@@ -77,6 +83,8 @@ class SamplingConfig:
             ddpm, ddim. By default euler or ddpm.
         num_steps: steps of the sampler, the SDE's last step included; adaptive methods such as
             dopri5 choose their own.
+        time_shift: moves the times of fixed steps towards the noise, as objective.time_shift does
+            those of training; 1 leaves them equally long.
         cfg_scale: classifier-free guidance scale; 1 is no guidance.
         cfg_interval: guide only at times low < t < high, as the model counts them; a low of 0
             is no bound. By default always.
@@ -98,6 +106,7 @@ class SamplingConfig:
 
     sampler: str | None = None
     num_steps: int = 250
+    time_shift: float = 1.0
     cfg_scale: float = 1.0
     cfg_interval: tuple[float, float] | None = None
     cfg_channels: Literal["all", "first3"] = "all"

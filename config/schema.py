@@ -7,21 +7,23 @@ file say which. A field that is None here is filled in by `config.load` from oth
 from dataclasses import dataclass, field, make_dataclass
 from typing import Literal
 
-from config.model import (
+from config.layers import (
     DeepSeekConfig,
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
-    ModelConfig,
     MoEConfig,
     TokenChoiceConfig,
 )
+from config.model import ModelConfig
 from config.objective import (
     OBJECTIVES,
     FlowConfig,
     ObjectiveConfig,
     SamplingConfig,
 )
+from config.promoe import ProMoEConfig
+from config.race import RaceConfig
 
 
 @dataclass
@@ -237,6 +239,8 @@ class Config:
         init_fresh: what keeps its fresh weights then: nothing, the `labels` (another set of
             classes), the `head` (another output), `both`, or the `text` (a model of text from one
             of classes, or with another text encoder).
+        init_upcycle: that checkpoint is of a dense model, of whose MLPs every expert is a copy, or
+            a part where experts are narrower; routers and shared MLPs start fresh.
     """
 
     seed: int = 0
@@ -245,6 +249,7 @@ class Config:
     resume: Literal["auto", "never"] = "never"
     init_from: str | None = None
     init_fresh: Literal["nothing", "labels", "head", "both", "text"] = "nothing"
+    init_upcycle: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     objective: ObjectiveConfig = field(default_factory=FlowConfig)
@@ -276,6 +281,8 @@ FEED_FORWARDS = {
     "expert_choice": ExpertChoiceConfig,
     "diffmoe": DiffMoEConfig,
     "deepseek": DeepSeekConfig,
+    "race": RaceConfig,
+    "promoe": ProMoEConfig,
 }
 
 CHOICES = {"model.feed_forward": FEED_FORWARDS, "objective": OBJECTIVES}

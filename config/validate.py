@@ -198,6 +198,13 @@ def _check_sampling(config: Config) -> None:
             f"sampling.num_steps: {config.sampling.num_steps} is more than "
             f"objective.num_timesteps {config.objective.num_timesteps}",
         )
+        for key, plain in (("time_reversed", False), ("time_scale", 1.0)):
+            value = getattr(config.model, key)
+            require(
+                value == plain,
+                f"model.{key}: {value} is for flows; the steps of ddpm are embedded as they are, "
+                f"allowed: {plain}",
+            )
         eta = config.sampling.ddim_eta
         require(0 <= eta <= 1, f"sampling.ddim_eta: {eta} is not in [0, 1]")
 
@@ -233,6 +240,12 @@ def _check_flow(flow: FlowConfig, sampling: SamplingConfig) -> None:
         require(eps is None or 0 <= eps < 0.5, f"objective.{key}: {eps} is not in [0, 0.5)")
     require(0 < flow.t_eps < 1, f"objective.t_eps: {flow.t_eps} is not in (0, 1)")
     require(flow.time_std > 0, f"objective.time_std: {flow.time_std} must be above 0")
+    require(flow.time_shift > 0, f"objective.time_shift: {flow.time_shift} must be above 0")
+    shift, mode = sampling.time_shift, flow.time_mode_scale
+    require(shift > 0, f"sampling.time_shift: {shift} must be above 0")
+    require(
+        -1 <= mode <= 2 / (math.pi - 2), f"objective.time_mode_scale: {mode} is not in [-1, 1.75]"
+    )
     require(flow.noise_scale > 0, f"objective.noise_scale: {flow.noise_scale} must be above 0")
     scaled = flow.noise_scale != 1
     require(

@@ -1,12 +1,14 @@
 """Models that cannot work, found before any is built."""
 
-from config.model import (
+from config.layers import (
     DeepSeekConfig,
     ExpertChoiceConfig,
-    ModelConfig,
     MoEConfig,
     TokenChoiceConfig,
 )
+from config.model import ModelConfig
+from config.promoe import ProMoEConfig
+from config.race import RaceConfig
 from core.errors import ConfigError
 
 AT = "model.feed_forward"
@@ -40,10 +42,14 @@ def check_model(model: ModelConfig, micro_batch_size: int) -> None:
         _check_widths(model, layer)
     if isinstance(layer, ExpertChoiceConfig):
         _check_expert_choice(layer, tokens * (micro_batch_size if layer.pool == "batch" else 1))
-    if isinstance(layer, TokenChoiceConfig | DeepSeekConfig):
+    if isinstance(layer, TokenChoiceConfig | DeepSeekConfig | ProMoEConfig | RaceConfig):
         _check_top_k(layer, tokens * micro_batch_size)
+    if isinstance(layer, ProMoEConfig):
+        _check_prototypes(layer)
     if isinstance(layer, DeepSeekConfig):
         _check_groups(layer)
+    if isinstance(layer, RaceConfig):
+        _check_race(layer)
 
 
 def least_parameters(model: ModelConfig) -> int:
@@ -55,7 +61,7 @@ def least_parameters(model: ModelConfig) -> int:
     experts = len(model.moe_blocks())
     dense = 2 * D * model.dense_width() * (model.depth - experts)
     if isinstance(layer, MoEConfig):
-        dense += 2 * D * model.expert_width() * layer.num_experts * experts
+        dense += 2 * D * model.expert_width() * layer.all_experts() * experts
     return modulation + dense
 
 
@@ -77,7 +83,15 @@ def _check_ranges(model: ModelConfig) -> None:
     for key in ("label_dropout", "dropout"):
         value = getattr(model, key)
         require(0 <= value < 1, f"model.{key}: {value} is not in [0, 1)")
+    for key in ("qk_norm_eps", "time_scale"):
+        value = getattr(model, key)
+        require(value > 0, f"model.{key}: {value} must be above 0")
     require(model.mlp_ratio > 0, f"model.mlp_ratio: {model.mlp_ratio} must be above 0")
+    split, width = getattr(model.feed_forward, "hidden_split", 1), model.dense_width()
+    require(
+        split >= 1 and width % split == 0,
+        f"{AT}.hidden_split: {split} does not divide {width}, the hidden width of the dense layers",
+    )
 
 
 def _check_attention(model: ModelConfig) -> None:
@@ -155,7 +169,9 @@ def _check_widths(model: ModelConfig, layer: MoEConfig) -> None:
     )
 
 
-def _check_top_k(layer: TokenChoiceConfig | DeepSeekConfig, tokens: int) -> None:
+def _check_top_k(
+    layer: TokenChoiceConfig | DeepSeekConfig | ProMoEConfig | RaceConfig, tokens: int
+) -> None:
     require(
         1 <= layer.top_k <= layer.num_experts,
         f"{AT}.top_k: {layer.top_k} is not in 1 ... num_experts ({layer.num_experts})",
@@ -164,9 +180,19 @@ def _check_top_k(layer: TokenChoiceConfig | DeepSeekConfig, tokens: int) -> None
         layer.num_experts <= tokens,
         f"{AT}.num_experts: {layer.num_experts} is more than the {tokens} tokens of a micro-batch",
     )
-    if isinstance(layer, TokenChoiceConfig):
-        weight = layer.balance_loss_weight
-        require(weight >= 0, f"{AT}.balance_loss_weight: {weight} is negative")
+    for key in ("balance_loss_weight", "contrastive_loss_weight"):
+        weight = getattr(layer, key, 0)
+        require(weight >= 0, f"{AT}.{key}: {weight} is negative")
+
+
+def _check_prototypes(layer: ProMoEConfig) -> None:
+    heat = layer.contrastive_temperature
+    require(heat > 0, f"{AT}.contrastive_temperature: {heat} must be above 0")
+    require(
+        layer.choice == "token" or layer.balance_loss_weight == 0,
+        f"{AT}.balance_loss_weight: {layer.balance_loss_weight} means nothing where experts choose "
+        "and all take as many tokens; allowed: 0, or choice token",
+    )
 
 
 def _check_groups(layer: DeepSeekConfig) -> None:
@@ -192,6 +218,16 @@ def _check_groups(layer: DeepSeekConfig) -> None:
         layer.bias_update_rate >= 0,
         f"{AT}.bias_update_rate: {layer.bias_update_rate} is negative",
     )
+
+
+def _check_race(layer: RaceConfig) -> None:
+    require(
+        0 <= layer.threshold_decay < 1,
+        f"{AT}.threshold_decay: {layer.threshold_decay} is not in [0, 1)",
+    )
+    for key in ("similarity_loss_weight", "plr_loss_weight"):
+        weight = getattr(layer, key)
+        require(weight >= 0, f"{AT}.{key}: {weight} is negative")
 
 
 def _check_expert_choice(layer: ExpertChoiceConfig, pool: int) -> None:
@@ -223,6 +259,7 @@ def _check_expert_choice(layer: ExpertChoiceConfig, pool: int) -> None:
         0 <= layer.fixed_threshold <= 1,
         f"{AT}.fixed_threshold: {layer.fixed_threshold} is not in [0, 1]",
     )
+    require(layer.route_scale > 0, f"{AT}.route_scale: {layer.route_scale} must be above 0")
     first, second = layer.capacity_schedule or (0, 1)
     require(
         0 <= first < second,

@@ -25,6 +25,7 @@ class RouterContext:
         time: (B,) times as the objective counts them.
         unconditional: (B,) bool, samples on the unconditional side of guidance.
         condition: (B, D) vector that modulates the block.
+        time_embedding: (B, D) its part that comes from the time alone, without class and text.
         tokens: (B, S, D) normalised, before they are modulated.
         grid: rows and columns of the image's tokens, which come last.
         num_context: tokens before them that are not of the image, but of its class.
@@ -34,6 +35,7 @@ class RouterContext:
     time: Tensor | None = None
     unconditional: Tensor | None = None
     condition: Tensor | None = None
+    time_embedding: Tensor | None = None
     tokens: Tensor | None = None
     grid: tuple[int, int] | None = None
     num_context: int = 0
@@ -50,12 +52,15 @@ class RoutingPlan:
         gate: (N,) weight of the expert's output for that token.
         tokens_per_expert: (E,) int64, how many consecutive pairs belong to each expert.
         sizes: the same as Python integers, where the host knows them without a look at the device.
+        idle: (N,) bool, pairs that only keep N from depending on data: computed with gate 0, and
+            in no report; None for none.
     """
 
     token_index: Tensor
     gate: Tensor
     tokens_per_expert: Tensor
     sizes: list[int] | None = None
+    idle: Tensor | None = None
 
     def __post_init__(self):
         if not isinstance(self.token_index, Tensor):  # a tree of something else in its shape
@@ -66,19 +71,45 @@ class RoutingPlan:
             assert sum(self.sizes) == len(self.token_index)
 
     @classmethod
-    def of_choices(cls, gate: Tensor, expert: Tensor, num_experts: int) -> "RoutingPlan":
+    def of_choices(
+        cls, gate: Tensor, expert: Tensor, num_experts: int, idle: Tensor | None = None
+    ) -> "RoutingPlan":
         """The plan in which every token goes to the experts that it chose, all different.
 
         Args:
             gate: (T, K) weights.
             expert: (T, K) int64.
             num_experts: E.
+            idle: (T, K) bool, or None.
         """
-        flat = expert.flatten()
-        order = flat.argsort(stable=True)  # pairs sorted by expert
-        counts = torch.zeros(num_experts, dtype=torch.int64, device=flat.device)
-        counts.scatter_add_(0, flat, torch.ones_like(flat))
-        return cls(order // expert.shape[1], gate.flatten()[order], counts)
+        T, K = expert.shape
+        token = torch.arange(T, device=expert.device).repeat_interleave(K)
+        idle = None if idle is None else idle.flatten()
+        return cls.of_pairs(expert.flatten(), token, gate.flatten(), num_experts, idle)
+
+    @classmethod
+    def of_pairs(
+        cls,
+        expert: Tensor,
+        token: Tensor,
+        gate: Tensor,
+        num_experts: int,
+        idle: Tensor | None = None,
+    ) -> "RoutingPlan":
+        """The plan of pairs in any order.
+
+        Args:
+            expert: (N,) int64.
+            token: (N,) int64, positions in the flattened tokens.
+            gate: (N,) weights.
+            num_experts: E.
+            idle: (N,) bool, or None.
+        """
+        order = expert.argsort(stable=True)
+        counts = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
+        counts.scatter_add_(0, expert, torch.ones_like(expert))
+        idle = None if idle is None else idle[order]
+        return cls(token[order], gate[order], counts, idle=idle)
 
     @property
     def capacity(self) -> int | None:
@@ -94,7 +125,8 @@ class RoutingPlan:
         """The plan of some experts, whose pairs are these."""
         sizes = None if self.sizes is None else self.sizes[experts]
         counts = self.tokens_per_expert[experts]
-        return RoutingPlan(self.token_index[pairs], self.gate[pairs], counts, sizes)
+        idle = None if self.idle is None else self.idle[pairs]
+        return RoutingPlan(self.token_index[pairs], self.gate[pairs], counts, sizes, idle)
 
     def expert_of_pair(self) -> Tensor:
         """(N,) the expert of each pair."""
@@ -106,14 +138,20 @@ class RoutingPlan:
         E = len(self.tokens_per_expert)
         cell = self.token_index // tokens_per_sample * E + self.expert_of_pair()
         counts = torch.zeros(batch * E, dtype=torch.int64, device=cell.device)
-        return counts.scatter_add_(0, cell, torch.ones_like(cell)).view(batch, E)
+        each = torch.ones_like(cell) if self.idle is None else (~self.idle).to(cell.dtype)
+        return counts.scatter_add_(0, cell, each).view(batch, E)
 
     def table(self, values: Tensor, num_tokens: int) -> Tensor:
         """(T, E) a value of each pair, `values` (N,), where the expert takes the token, else 0."""
         E = len(self.tokens_per_expert)
+        if self.idle is not None:
+            values = values.masked_fill(self.idle, 0)
         table = values.new_zeros(num_tokens * E)
-        cell = self.token_index * E + self.expert_of_pair()
-        return table.scatter_(0, cell, values).view(num_tokens, E)
+        return table.scatter_(0, self.cells(), values).view(num_tokens, E)
+
+    def cells(self) -> Tensor:
+        """(N,) where each pair lies in a table (T, E), flattened."""
+        return self.token_index * len(self.tokens_per_expert) + self.expert_of_pair()
 
 
 @dataclass
@@ -125,12 +163,15 @@ class RoutingRecord:
         num_tokens: tokens of one sample, S.
         num_context: the first so many of them are not of the image, but of its class.
         losses: auxiliary losses by name, scalars already multiplied by their weight.
-        quantiles: (E,) k-th largest capacity prediction of each expert (Eq. 17), detached;
-            None where the layer keeps no thresholds or is not training.
+        quantiles: (E,) k-th largest capacity prediction of each expert (Eq. 17), or score that
+            won a race, detached; None where the layer keeps no thresholds or is not training.
         capacity_logits: (B * S, E) output of the capacity predictor before the sigmoid, detached;
             None without one.
         capacity_targets: (B * S, E) 1 where the expert took the token (Eq. 13), or None.
         plan: which tokens went where, for maps over the image; its gates carry no gradient.
+        prediction: (B, S, F) what a head of the layer makes of the training target, which the
+            trainer compares it with; None without a head or in evaluation.
+        prediction_weight: of the mean squared error of that.
     """
 
     counts: Tensor
@@ -141,6 +182,8 @@ class RoutingRecord:
     capacity_targets: Tensor | None = None
     plan: RoutingPlan | None = None
     num_context: int = 0
+    prediction: Tensor | None = None
+    prediction_weight: float = 0.0
 
     @classmethod
     def of(cls, plan: RoutingPlan, x: Tensor, context: RouterContext) -> "RoutingRecord":
@@ -152,6 +195,11 @@ class RoutingRecord:
     def token_mask(self) -> Tensor:
         """(B * S, E) 1 where the expert takes the token."""
         return self.plan.table(torch.ones_like(self.plan.gate), len(self.counts) * self.num_tokens)
+
+    def plr_loss(self, target: Tensor) -> Tensor:
+        """Weighted error of the layer's own prediction of `target` (B, image tokens, F)."""
+        error = self.prediction[:, self.num_context :] - target.to(self.prediction.dtype)
+        return self.prediction_weight * error.square().mean()
 
     def capacity_per_sample(self) -> Tensor:
         """(B,) computed pairs per token of each sample: Eq. 8 averaged over the experts."""
@@ -181,12 +229,14 @@ class LossTerms:
         named: (B,) each part of it, for the log.
         routing: the model's records, handed on unread.
         noise_level: (B,) where on the path the samples were: 0 is data, 1 is noise.
+        target: (B, C, H, W) what the prediction is compared with.
     """
 
     per_sample: Tensor
     named: dict[str, Tensor]
     routing: list[RoutingRecord]
     noise_level: Tensor
+    target: Tensor
 
 
 Draw = Callable[[], Tensor]

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from config.schema import Config, DataConfig, ModelConfig
+from config.model import ModelConfig
+from config.schema import Config, DataConfig
 from core.command_line import as_flags
 from core.distributed import Processes
 from core.errors import UserError

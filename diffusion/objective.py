@@ -65,7 +65,8 @@ class DDPM:
         per_sample = torch.stack(list(terms.values())).sum(dim=0)
         named = {name: term.detach() for name, term in terms.items()}
         level = t / self.diffusion.num_timesteps
-        return LossTerms(per_sample, named, output.routing, level)
+        target = noise if self.config.prediction == "epsilon" else x
+        return LossTerms(per_sample, named, output.routing, level, target)
 
     def sample(
         self, model: Model, noise: Tensor, cond: Condition, settings: SamplingConfig, draw: Draw

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.norms import RMSNorm
+from models.norms import HeadNorm
 from models.positions import Rotation, rotate
 
 
@@ -16,7 +16,7 @@ class Attention(nn.Module):
         num_heads: of queries.
         head_dim: width of a head; hidden_size / num_heads unless given.
         num_kv_heads: of keys and values; fewer than `num_heads` are shared (Ainslie et al. 2023).
-        qk_norm: RMS-normalise queries and keys of each head.
+        head_norm: makes the norms of each head's queries and keys.
         dropout: of the output.
     """
 
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         num_heads: int,
         head_dim: int | None = None,
         num_kv_heads: int | None = None,
-        qk_norm: bool = False,
+        head_norm: HeadNorm = nn.Identity,
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -37,8 +37,8 @@ class Attention(nn.Module):
         self.head_dim = head_dim or hidden_size // num_heads
         heads = self.num_heads + 2 * self.num_kv_heads
         self.qkv = nn.Linear(hidden_size, heads * self.head_dim)
-        self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.q_norm = head_norm(self.head_dim)
+        self.k_norm = head_norm(self.head_dim)
         self.proj = nn.Linear(self.num_heads * self.head_dim, hidden_size)
         self.dropout = nn.Dropout(dropout)
 

@@ -4,13 +4,18 @@ from collections.abc import Callable
 
 from torch import nn
 
-from config.schema import DeepSeekConfig, ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
+from config.layers import DeepSeekConfig, ExpertChoiceConfig, TokenChoiceConfig
+from config.model import ModelConfig
+from config.promoe import ProMoEConfig
+from config.race import RaceConfig
 from models.dit import DiT
 from models.feed_forward import build_mlp
 from models.moe.capacity import CapacityPredictor
 from models.moe.deepseek import DeepSeekRouter
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
+from models.moe.prototypes import PrototypeRouter
+from models.moe.race import RaceRouter
 from models.moe.routers import ExpertChoiceRouter, TokenChoiceRouter
 
 
@@ -30,27 +35,41 @@ def _dense(config: ModelConfig, dropout: float = 0.0) -> nn.Module:
 
 def _token_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: TokenChoiceConfig = config.feed_forward
-    return _moe(config, TokenChoiceRouter(config.hidden_size, layer), dropout)
+    return _moe(config, TokenChoiceRouter(config.router_width(), layer), dropout)
 
 
 def _deepseek(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: DeepSeekConfig = config.feed_forward
-    return _moe(config, DeepSeekRouter(config.hidden_size, layer), dropout)
+    return _moe(config, DeepSeekRouter(config.router_width(), layer), dropout)
+
+
+def _promoe(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
+    layer: ProMoEConfig = config.feed_forward
+    return _moe(config, PrototypeRouter(config.router_width(), layer), dropout)
 
 
 def _expert_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: ExpertChoiceConfig = config.feed_forward
     predictor = None
     if layer.capacity_predictor:
-        predictor = CapacityPredictor(config.hidden_size, layer.num_experts, layer.threshold_decay)
-    return _moe(config, ExpertChoiceRouter(config.hidden_size, layer, predictor), dropout)
+        predictor = CapacityPredictor(
+            config.router_width(), layer.num_experts, layer.threshold_decay, config.hidden_size
+        )
+    return _moe(config, ExpertChoiceRouter(config.router_width(), layer, predictor), dropout)
+
+
+def _race(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
+    layer: RaceConfig = config.feed_forward
+    target = config.patch_size**2 * config.in_channels
+    router = RaceRouter(config.router_width(), config.hidden_size, layer, target)
+    return _moe(config, router, dropout)
 
 
 def _moe(config: ModelConfig, router: nn.Module, dropout: float) -> MoEFeedForward:
     """The layer around `router`."""
     layer, D = config.feed_forward, config.hidden_size
     experts = Experts(
-        layer.num_experts,
+        layer.all_experts(),
         D,
         config.expert_width(),
         layer.expert_mlp or config.mlp,
@@ -60,7 +79,8 @@ def _moe(config: ModelConfig, router: nn.Module, dropout: float) -> MoEFeedForwa
     shared = None
     if layer.shared_mlp != "none":
         shared = build_mlp(layer.shared_mlp, D, layer.shared_intermediate_size, dropout)
-    return MoEFeedForward(router, experts, layer.experts_per_token(), shared)
+    per_token = layer.experts_per_token()
+    return MoEFeedForward(router, experts, per_token, shared, layer.router_input)
 
 
 FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
@@ -69,6 +89,8 @@ FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {
     "expert_choice": _expert_choice,
     "diffmoe": _expert_choice,  # the same layer: pool of the batch, with a predictor
     "deepseek": _deepseek,
+    "race": _race,
+    "promoe": _promoe,
 }
 """One line for each feed-forward layer, which takes the model's config and the block's dropout;
 its options are the dataclass of that name in `config.schema.FEED_FORWARDS`."""

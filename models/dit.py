@@ -8,12 +8,13 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
 from core.conditions import Condition
 from core.types import ModelOutput, RouterContext, RoutingRecord
 from models.attention import Attention
 from models.blocks import DiTBlock, FinalLayer
 from models.embeddings import BottleneckPatchEmbed, ClassTokens, LabelEmbedder, TimestepEmbedder
+from models.norms import head_norm
 from models.positions import (
     Rotation,
     after_context,
@@ -56,7 +57,7 @@ class DiT(nn.Module):
             self.patch_embed = BottleneckPatchEmbed(
                 p, config.in_channels, config.bottleneck_size, D
             )
-        self.time_embed = TimestepEmbedder(D)
+        self.time_embed = TimestepEmbedder(D, config.time_scale, config.time_reversed)
         self.label_embed = LabelEmbedder(config.num_classes, D)
         self.class_tokens = ClassTokens(config.context_tokens, D) if config.context_tokens else None
         self.text_embed = _text_embed(config)
@@ -73,19 +74,18 @@ class DiT(nn.Module):
 
     def _block(self, number: int, feed_forward: Callable[[int], nn.Module]) -> DiTBlock:
         config = self.config
+        norms = head_norm(config.qk_norm, config.qk_norm_eps)
         attention = Attention(
             config.hidden_size,
             config.num_heads,
             config.head_dim,
             config.num_kv_heads,
-            config.qk_norm,
+            norms,
             config.dropout_of(number),
         )
         cross = None
         if config.text_hidden_size is not None:
-            cross = CrossAttention(
-                config.hidden_size, config.num_heads, config.head_dim, config.qk_norm
-            )
+            cross = CrossAttention(config.hidden_size, config.num_heads, config.head_dim, norms)
         return DiTBlock(config.hidden_size, attention, feed_forward(number), config.norm, cross)
 
     @torch.no_grad()
@@ -156,12 +156,14 @@ class DiT(nn.Module):
             tokens, pooled = self.text_embed(cond.text, cond.mask)  # (B, L, D), (B, D)
             text = tokens, cond.mask
             about = about if pooled is None else about + pooled
-        c = self.time_embed(t) + about
+        time = self.time_embed(t)  # (B, D)
+        c = time + about
         K, p = self.config.context_tokens, self.config.patch_size
         context = RouterContext(
             capacity=None if step is None else self.config.feed_forward.capacity_at(step),
             time=t,
             unconditional=cond.free,
+            time_embedding=time,
             grid=(x.shape[-2] // p, x.shape[-1] // p),
         )
         records = []
@@ -252,6 +254,13 @@ class DiT(nn.Module):
         labels = dropped.labels.masked_fill(chosen(), self.label_embed.null_class)
         return replace(dropped, labels=labels)
 
+    def patchify(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, S, p * p * C), channel fastest, in the order of the tokens."""
+        B, C, H, W = images.shape
+        p = self.config.patch_size
+        grid = images.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 3, 5, 1)
+        return grid.reshape(B, -1, p * p * C)
+
     def _unpatchify(self, patches: Tensor, size: torch.Size) -> Tensor:
         """(B, S, p * p * C_out), channel fastest, to (B, C_out, H, W)."""
         p, (H, W) = self.config.patch_size, size
@@ -268,7 +277,7 @@ def _text_embed(config: ModelConfig) -> TextEmbedder | None:
         config.num_heads,
         config.text_refiner,
         config.text_pooling,
-        config.qk_norm,
+        head_norm(config.qk_norm, config.qk_norm_eps),
     )
 
 

@@ -29,12 +29,19 @@ def timestep_features(t: Tensor, num_features: int = FREQUENCIES) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Features of the time through an MLP: (B,) -> (B, D), never under autocast."""
+    """Features of the time through an MLP: (B,) -> (B, D), never under autocast.
+
+    Args:
+        hidden_size: D.
+        scale: factor of the time before its features are taken.
+        reverse: take 1 - t for t: how much noise there is, where 1 is data.
+    """
 
     role = "time embedding"
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, hidden_size: int, scale: float = 1.0, reverse: bool = False):
         super().__init__()
+        self.scale, self.reverse = scale, reverse
         self.mlp = nn.Sequential(
             nn.Linear(FREQUENCIES, hidden_size),
             nn.SiLU(),
@@ -42,6 +49,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t: Tensor) -> Tensor:
+        t = self.scale * (1 - t if self.reverse else t)
         with outside_autocast(t.device):
             return self.mlp(timestep_features(t).to(self.mlp[0].weight.dtype))
 

@@ -8,6 +8,7 @@ folders `model`, `ema` of shards), `state.json` (step, facts of the latents) and
 import dataclasses
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,12 +175,18 @@ def save_weights(module: nn.Module, path: Path) -> None:
     save_file({name: t.detach().contiguous() for name, t in module.state_dict().items()}, path)
 
 
-def load_weights(module: nn.Module, path: Path, fresh: tuple[str, ...] = ()) -> None:
+def load_weights(
+    module: nn.Module,
+    path: Path,
+    fresh: tuple[str, ...] = (),
+    adapted: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> None:
     """Fill `module` from a file that holds exactly its parameters and buffers.
 
     Args:
         module: to be filled.
         path: safetensors file.
+        adapted: makes the module's tensors of those of the file, by name.
         fresh: parts of names that keep what they have, whatever the file says.
 
     Raises:
@@ -187,7 +194,7 @@ def load_weights(module: nn.Module, path: Path, fresh: tuple[str, ...] = ()) -> 
     """
     found, wanted = (
         {name: t for name, t in tensors.items() if not any(part in name for part in fresh)}
-        for tensors in (read_tensors(path), module.state_dict())
+        for tensors in (adapted(read_tensors(path)), module.state_dict())
     )
     check_tensors(found, wanted, path)
     module.load_state_dict(found, strict=not fresh)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from config.layers import MoEConfig
 from config.load import parse_config
-from config.model import ModelConfig, MoEConfig
+from config.model import ModelConfig
 from config.schema import Config
 from core.command_line import Parser
 from core.errors import command
@@ -130,7 +131,7 @@ def summarize(config: ModelConfig) -> Summary:
     return Summary(
         roles=model.parameters_by_role(),
         positions=model.positions.numel() if config.positions == "sincos" else 0,
-        num_experts=layer.num_experts if routed else 0,
+        num_experts=layer.all_experts() if routed else 0,
         capacity=layer.experts_per_token() if routed else 1.0,
         inference_capacity=getattr(layer, "inference_capacity", None),
         fits_equation=not routed or (alike and 2 * len(config.moe_blocks()) == config.depth),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.precision import outside_autocast
 from models.attention import Attention
 from models.feed_forward import build_mlp
-from models.norms import RMSNorm
+from models.norms import HeadNorm, RMSNorm
 
 Text = tuple[Tensor, Tensor]
 """Tokens (B, L, D) as blocks see them, and which of them are there (B, L) bool."""
@@ -25,21 +25,25 @@ class CrossAttention(nn.Module):
         hidden_size: D.
         num_heads: of queries, keys and values.
         head_dim: width of a head; hidden_size / num_heads unless given.
-        qk_norm: RMS-normalise queries and keys of each head.
+        head_norm: makes the norms of each head's queries and keys.
     """
 
     role = "text"
 
     def __init__(
-        self, hidden_size: int, num_heads: int, head_dim: int | None = None, qk_norm: bool = False
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int | None = None,
+        head_norm: HeadNorm = nn.Identity,
     ):
         super().__init__()
         self.num_heads, self.head_dim = num_heads, head_dim or hidden_size // num_heads
         inner = num_heads * self.head_dim
         self.q = nn.Linear(hidden_size, inner)
         self.kv = nn.Linear(hidden_size, 2 * inner)
-        self.q_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.q_norm = head_norm(self.head_dim)
+        self.k_norm = head_norm(self.head_dim)
         self.proj = nn.Linear(inner, hidden_size)
 
     def init_weights(self) -> None:
@@ -63,10 +67,10 @@ class CrossAttention(nn.Module):
 class RefinerBlock(nn.Module):
     """A transformer block over the tokens of a text, in both directions: (B, L, D)."""
 
-    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool):
+    def __init__(self, hidden_size: int, num_heads: int, head_norm: HeadNorm):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(hidden_size), RMSNorm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm)
+        self.attn = Attention(hidden_size, num_heads, head_norm=head_norm)
         self.attn.role = "text"
         self.mlp = build_mlp("gelu", hidden_size, 4 * hidden_size)
         self.mlp.role = "text"
@@ -87,7 +91,7 @@ class TextEmbedder(nn.Module):
         refiner: blocks over the tokens of the text.
         pooling: `mean` also adds the mean of the normalised tokens, through an MLP of its own, to
             the time embedding; `none` does not.
-        qk_norm: of the refiner's attention.
+        head_norm: of the refiner's attention.
     """
 
     role = "text"
@@ -99,13 +103,13 @@ class TextEmbedder(nn.Module):
         num_heads: int,
         refiner: int = 0,
         pooling: str = "mean",
-        qk_norm: bool = False,
+        head_norm: HeadNorm = nn.Identity,
     ):
         super().__init__()
         self.norm = RMSNorm(text_hidden_size)
         self.proj = _mlp(text_hidden_size, hidden_size)
         self.pool = _mlp(text_hidden_size, hidden_size) if pooling == "mean" else None
-        blocks = (RefinerBlock(hidden_size, num_heads, qk_norm) for _ in range(refiner))
+        blocks = (RefinerBlock(hidden_size, num_heads, head_norm) for _ in range(refiner))
         self.refiner = nn.ModuleList(blocks)
 
     def init_weights(self) -> None:

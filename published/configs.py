@@ -1,22 +1,35 @@
 """The constructors of the published models, as configs of ours."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from config.model import FeedForwardConfig
-from config.schema import (
-    DeepSeekConfig,
-    DenseConfig,
-    DiffMoEConfig,
-    ExpertChoiceConfig,
-    ModelConfig,
-    TokenChoiceConfig,
-)
+from config.model import ModelConfig
 from config.validate_model import check_model
 from core.errors import UserError, unknown_name
-from published.keywords import DIT, DSMOE, DSMOE_KEYS, JIT, JIT_KEYS, MOE_KEYS
+from published.builders import (
+    dense,
+    diffmoe,
+    dit_model,
+    ditmoe_model,
+    dsmoe_model,
+    expert_choice,
+    jit_model,
+    missing_key,
+    promoe_model,
+    token_choice,
+)
+from published.keywords import (
+    DIT,
+    DITMOE,
+    DSMOE,
+    DSMOE_KEYS,
+    JIT,
+    JIT_KEYS,
+    MOE_KEYS,
+    PROMOE,
+    PROMOE_KEYS,
+)
 
 ANY = 1 << 30
 """A micro-batch that sets no limit to experts: a constructor does not know it."""
@@ -63,180 +76,24 @@ def official_config(family: str, ctor: Mapping[str, Any]) -> ModelConfig:
             raise unknown_name(section, name, known.moe_keys)
     missing = [name for name, needed in known.moe_keys.items() if needed and name not in moe]
     if missing and (moe or known.always_moe):
-        raise _missing(f"{section}.{missing[0]}")
+        raise missing_key(f"{section}.{missing[0]}")
     model = known.build(values, moe)
     check_model(model, micro_batch_size=ANY)
     return model
 
 
-def _missing(key: str) -> UserError:
-    return UserError(
-        f"{key}: missing; the official code fails without it, and what it would mean is not known"
-    )
-
-
-def _dit_model(feed_forward: Callable[[dict, dict], FeedForwardConfig]) -> Callable:
-    """Builds the models of DiT's and DiffMoE's repositories, which differ in the layer alone."""
-
-    def build(values: dict, moe: dict) -> ModelConfig:
-        layer = feed_forward(values, moe)
-        return dataclasses.replace(_backbone(values, moe), feed_forward=layer)
-
-    return build
-
-
-def _shared(values: dict, moe: dict) -> dict[str, Any]:
-    """TC-DiT and EC-DiT share a bias-free SwiGLU of width n D."""
-    count = moe.get("n_shared_experts") or 0
-    if not count:
-        return {}
-    width = count * values["hidden_size"]
-    return {"shared_mlp": "swiglu", "shared_intermediate_size": width}
-
-
-def _token_choice(values: dict, moe: dict) -> TokenChoiceConfig:
-    return TokenChoiceConfig(
-        num_experts=moe["num_experts"],
-        top_k=moe["capacity"],
-        balance_loss_weight=0.01,
-        **_shared(values, moe),
-    )
-
-
-def _expert_choice(values: dict, moe: dict) -> ExpertChoiceConfig:
-    return ExpertChoiceConfig(
-        num_experts=moe["num_experts"],
-        capacity=float(moe["capacity"]),
-        round_share_first=True,
-        **_shared(values, moe),
-    )
-
-
-def _diffmoe(values: dict, moe: dict) -> DiffMoEConfig:
-    schedule = moe.get("capacity_schedule")
-    stages = ("capacity_schedule_stage_I_iters", "capacity_schedule_stage_II_iters")
-    for stage in stages if schedule else ():
-        if stage not in schedule:
-            raise _missing(f"MoE_config.capacity_schedule.{stage}")
-    # Whatever the count, one GELU MLP of width 8 D is shared.
-    shared = {"shared_mlp": "gelu", "shared_intermediate_size": 8 * values["hidden_size"]}
-    return DiffMoEConfig(
-        num_experts=moe["num_experts"],
-        capacity=float(moe["capacity"]),
-        capacity_loss_weight=float(values["CapacityPred_loss_weight"]),
-        capacity_schedule=tuple(schedule[s] for s in stages) if schedule else None,
-        round_share_first=True,
-        **(shared if moe.get("n_shared_experts") else {}),
-    )
-
-
-def _dense(values: dict, moe: dict) -> DenseConfig:
-    if moe:
-        raise UserError("MoE_config: a dense family has none")
-    return DenseConfig()
-
-
-def _deepseek(moe: dict, expert_mlp: str) -> DeepSeekConfig:
-    """The layer of DSMoE and JiTMoE."""
-    width = moe["moe_intermediate_size"]
-    # Without a shared expert the published code adds the layer's input.
-    shared = {"shared_mlp": "identity"}
-    if moe["use_shared_expert"]:
-        shared = {"shared_mlp": expert_mlp, "shared_intermediate_size": width}
-    return DeepSeekConfig(
-        num_experts=moe["num_experts"],
-        expert_mlp=expert_mlp,
-        intermediate_size=width,
-        top_k=moe["num_experts_per_tok"],
-        num_groups=moe["n_group"],
-        top_k_groups=moe["topk_group"],
-        routed_scaling_factor=float(moe["routed_scaling_factor"]),
-        bias_update_rate=0.0,
-        zero_masked_groups=True,
-        **shared,
-    )
-
-
-def _dsmoe_model(values: dict, moe: dict) -> ModelConfig:
-    """DSMoE: dense blocks have a SiLU MLP whatever `use_swiglu` says."""
-    for key, off in (("use_sinks", False), ("sliding_window", 0), ("use_kda", False)):
-        _only(key, values[key], off)
-    _only("MoE_config.skip_last2", moe.get("skip_last2"), False)
-    first = moe["skip_first2"]
-    rope = _one_of("rope_type", values["rope_type"], ("none", "1d", "2d"))
-    return dataclasses.replace(
-        _backbone(values, moe),
-        mlp="silu",
-        norm=_one_of("norm_type", values["norm_type"], ("layernorm", "rmsnorm")),
-        rope=rope,
-        positions="sincos" if rope == "none" else "none",
-        num_kv_heads=values["num_heads"] // 2 if values["enable_gqa"] else None,
-        leading_dense=2 if first is True else int(first),
-        feed_forward=_deepseek(moe, "swiglu"),
-    )
-
-
-def _jit_model(values: dict, moe: dict) -> ModelConfig:
-    """JiT and JiTMoE."""
-    _only("attn_drop", values["attn_drop"], 0.0)
-    layer: FeedForwardConfig = DenseConfig()
-    if moe and moe["interleave"]:  # otherwise the published code has no experts
-        layer = _deepseek(moe, "swiglu_bias")
-    return dataclasses.replace(
-        _backbone(values, moe),
-        mlp="swiglu_bias",
-        intermediate_size=int(int(values["hidden_size"] * values["mlp_ratio"]) * 2 / 3),
-        norm="rmsnorm",
-        final_norm="rmsnorm",
-        qk_norm=True,
-        rope="2d",
-        bottleneck_size=values["bottleneck_dim"],
-        context_tokens=values["in_context_len"],
-        context_start=values["in_context_start"],
-        dropout=_dropout(values, moe) if isinstance(layer, DeepSeekConfig) else values["proj_drop"],
-        feed_forward=layer,
-    )
-
-
-def _dropout(values: dict, moe: dict) -> float:
-    """That of experts, which a constructor may also give to the rest; ours has one for both."""
-    experts, rest = moe.get("proj_drop", 0.0), values["proj_drop"]
-    if rest not in (0.0, experts):
-        raise UserError(f"proj_drop: {rest} and moe_config.proj_drop {experts} must be equal here")
-    return float(experts)
-
-
-def _one_of(key: str, value: Any, known: tuple[str, ...]) -> Any:
-    if value not in known:
-        raise unknown_name(key, value, known)
-    return value
-
-
-def _only(key: str, value: Any, allowed: Any) -> None:
-    if value not in (None, allowed):
-        raise UserError(f"{key}: {value!r} has no counterpart; allowed: {allowed!r}")
-
-
-def _backbone(values: dict, moe: dict) -> ModelConfig:
-    """The keys that all families mean alike."""
-    shape = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads")
-    return ModelConfig(
-        **{key: values[key] for key in (*shape, "head_dim", "num_classes", "learn_sigma")},
-        mlp="swiglu" if values["use_swiglu"] else "gelu",
-        mlp_ratio=float(values["mlp_ratio"]),
-        label_dropout=values["class_dropout_prob"],
-        moe_every=2 if moe.get("interleave") else 1,
-    )
-
-
 FAMILIES: dict[str, Family] = {
-    "dit": Family(DIT, MOE_KEYS, _dit_model(_dense)),
-    "sit": Family(DIT, MOE_KEYS, _dit_model(_dense)),
-    "diffmoe_dense": Family(DIT, MOE_KEYS, _dit_model(_dense)),
-    "diffmoe_tc": Family(DIT, MOE_KEYS, _dit_model(_token_choice), always_moe=True),
-    "diffmoe_ec": Family(DIT, MOE_KEYS, _dit_model(_expert_choice), always_moe=True),
-    "diffmoe": Family(DIT, MOE_KEYS, _dit_model(_diffmoe), always_moe=True),
-    "dsmoe": Family(DSMOE, DSMOE_KEYS, _dsmoe_model, always_moe=True),
-    "jit": Family(JIT, JIT_KEYS, _jit_model),
+    "dit": Family(DIT, MOE_KEYS, dit_model(dense)),
+    "sit": Family(DIT, MOE_KEYS, dit_model(dense)),
+    "diffmoe_dense": Family(DIT, MOE_KEYS, dit_model(dense)),
+    "diffmoe_tc": Family(DIT, MOE_KEYS, dit_model(token_choice), always_moe=True),
+    "diffmoe_ec": Family(DIT, MOE_KEYS, dit_model(expert_choice), always_moe=True),
+    "diffmoe": Family(DIT, MOE_KEYS, dit_model(diffmoe), always_moe=True),
+    "dsmoe": Family(DSMOE, DSMOE_KEYS, dsmoe_model, always_moe=True),
+    "jit": Family(JIT, JIT_KEYS, jit_model),
+    "promoe_tc": Family(PROMOE, PROMOE_KEYS, promoe_model("token"), always_moe=True),
+    "promoe_ec": Family(PROMOE, PROMOE_KEYS, promoe_model("expert"), always_moe=True),
+    "ditmoe": Family(DITMOE, {}, ditmoe_model(flow=True)),
+    "ditmoe_ddpm": Family(DITMOE, {}, ditmoe_model(flow=False)),
 }
 """Families of official models by the name that importers give."""

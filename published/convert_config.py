@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from config.load import to_plain
-from config.schema import FEED_FORWARDS, ModelConfig
+from config.model import ModelConfig
+from config.schema import FEED_FORWARDS
 from config.yaml_files import read_yaml
 from core.command_line import Parser, new_file
 from core.errors import ConfigError, UserError, command, unknown_name

@@ -139,7 +139,7 @@ def export_official(checkpoint: Path, out: Path) -> None:
         UserError: for a model that the official code cannot compute, naming the key.
     """
     config = load_pretrained(checkpoint).config
-    check_exportable(config.model)
+    check_exportable(config.model, config.objective.name)
     jit = is_jit(config.model)
     names = {"model": "model", "ema": "model_ema1" if jit else "ema"}
     if jit and config.optim.extra_ema_decays:

@@ -1,7 +1,8 @@
 """Which tensors of ours stand for which tensors of the published models.
 
-DiT, SiT, DiffMoE, DSMoE and JiT name most things alike. Where they differ, what the config has
-decides: experts of a DeepSeek-style router, a patch embedding through a bottleneck (JiT).
+DiT, SiT, DiffMoE, DSMoE, JiT, ProMoE and DiT-MoE name most things alike. Where they differ, what
+the config has decides: experts of a DeepSeek-style router, a patch embedding through a bottleneck
+(JiT), prototypes (ProMoE), token choice in every block (DiT-MoE).
 """
 
 from collections.abc import Callable
@@ -10,9 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config.schema import DeepSeekConfig, ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
+from config.layers import DeepSeekConfig, ExpertChoiceConfig, TokenChoiceConfig
+from config.model import ModelConfig
+from config.promoe import ProMoEConfig
 
 Tensors = list[Tensor]
+
+UP_AND_DOWN = ("up_proj", "down_proj")
+"""The two layers of a GELU MLP in ProMoE, but for its dense blocks."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,14 @@ class Entry:
     split: Callable[[Tensors], Tensors] = list
 
 
-def entries(config: ModelConfig) -> list[Entry]:
-    """Every tensor of the state of a model of `config`."""
+def entries(config: ModelConfig, up_and_down: bool = False) -> list[Entry]:
+    """Every tensor of the state of a model of `config`.
+
+    Args:
+        config: of the model.
+        up_and_down: names of the other kind for the dense layers of ProMoE, whose constructor
+            with `use_swiglu` has the same layers under these names.
+    """
     pairs = _patch_embed(config)
     pairs += _linear("time_embed.mlp.0", "t_embedder.mlp.0")
     pairs += _linear("time_embed.mlp.2", "t_embedder.mlp.2")
@@ -47,11 +59,16 @@ def entries(config: ModelConfig) -> list[Entry]:
         pairs += _linear(f"{block}.modulation.1", f"{block}.adaLN_modulation.1")
         if config.norm == "rmsnorm":
             pairs += [_same(f"{block}.{norm}.weight") for norm in ("norm1", "norm2")]
-        ours, official = f"{block}.feed_forward", f"{block}.mlp"
-        pairs += _moe(config, ours, official) if i in moe else _mlp(config.mlp, ours, official)
+        ours, official = f"{block}.feed_forward", f"{block}.{'moe' if is_ditmoe(config) else 'mlp'}"
+        if i in moe:
+            pairs += _moe(config, ours, official)
+        else:
+            pairs += _mlp(config.mlp, ours, official, up_and_down)
     if config.final_norm == "rmsnorm":
         pairs.append(_same("final.norm.weight", "final_layer.norm_final.weight"))
-    pairs += _linear("final.linear", "final_layer.linear")
+    final = _linear("final.linear", "final_layer.linear")
+    # What counts its times from the data predicts noise - data, the other way round.
+    pairs += [_negated(pair) for pair in final] if config.time_reversed else final
     pairs += _linear("final.modulation.1", "final_layer.adaLN_modulation.1")
     return pairs
 
@@ -71,6 +88,11 @@ def is_jit(config: ModelConfig) -> bool:
     return config.bottleneck_size is not None
 
 
+def is_ditmoe(config: ModelConfig) -> bool:
+    """Whether the names are those of DiT-MoE: token choice in every block, which TC-DiT lacks."""
+    return isinstance(config.feed_forward, TokenChoiceConfig) and config.moe_every == 1
+
+
 def has_predictor(config: ModelConfig) -> bool:
     """Whether the layers have a capacity predictor: DiffMoE, and other pools with one (Table 8)."""
     layer = config.feed_forward
@@ -79,6 +101,13 @@ def has_predictor(config: ModelConfig) -> bool:
 
 def _same(ours: str, official: str | None = None) -> Entry:
     return Entry((ours,), (official or ours,))
+
+
+def _negated(entry: Entry) -> Entry:
+    def negative(parts: Tensors) -> Tensors:
+        return [-part for part in parts]
+
+    return Entry(entry.ours, entry.official, negative, negative)
 
 
 def _shaped(ours: str, official: str, before: tuple = (), after: tuple = ()) -> Entry:
@@ -123,10 +152,11 @@ def _attention(config: ModelConfig, name: str) -> list[Entry]:
         q, k = (part.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1) for part in (q, k))
         return torch.cat([q, k, v])
 
-    pairs = _linear(f"{name}.proj")
+    flash = is_ditmoe(config) and config.qk_norm != "none"  # another class of theirs
+    pairs = _linear(f"{name}.proj", f"{name}.out_proj" if flash else None)
     for p in ("weight", "bias"):
         if config.num_kv_heads is None:
-            names, split = (f"{name}.qkv.{p}",), list
+            names, split = (f"{name}.{'Wqkv' if flash else 'qkv'}.{p}",), list
         else:
             names = tuple(f"{name}.{part}_proj.{p}" for part in "qkv")
 
@@ -141,17 +171,20 @@ def _attention(config: ModelConfig, name: str) -> list[Entry]:
                 lambda parts, split=split: split([reordered(parts[0], back)]),
             )
         )
-    if config.qk_norm:
+    if config.qk_norm != "none":
+        kinds = ("weight", "bias") if config.qk_norm == "layernorm" else ("weight",)
         pairs += [
             Entry((n,), (n,), lambda parts: [parts[0][there]], lambda parts: [parts[0][back]])
-            for n in (f"{name}.q_norm.weight", f"{name}.k_norm.weight")
+            for n in (f"{name}.{part}_norm.{kind}" for part in "qk" for kind in kinds)
         ]
     return pairs
 
 
-def _mlp(kind: str, ours: str, official: str) -> list[Entry]:
+def _mlp(kind: str, ours: str, official: str, up_and_down: bool = False) -> list[Entry]:
     if kind in ("gelu", "silu"):
-        return [e for fc in ("fc1", "fc2") for e in _linear(f"{ours}.{fc}", f"{official}.{fc}")]
+        theirs = UP_AND_DOWN if up_and_down else ("fc1", "fc2")
+        pairs = zip(("fc1", "fc2"), theirs, strict=True)
+        return [e for a, b in pairs for e in _linear(f"{ours}.{a}", f"{official}.{b}")]
     if kind == "swiglu":
         names = ("gate", "up", "down")
         return [_same(f"{ours}.{n}.weight", f"{official}.{n}_proj.weight") for n in names]
@@ -172,7 +205,11 @@ def _moe(config: ModelConfig, ours: str, official: str) -> list[Entry]:
     pairs = _router(config, f"{ours}.router", official)
     stem = "experts.blocks" if isinstance(layer, DeepSeekConfig) else "experts"
     kind = layer.expert_mlp or config.mlp
-    pairs += _experts(kind, layer.num_experts, f"{ours}.experts", f"{official}.{stem}")
+    promoe = isinstance(layer, ProMoEConfig)
+    names = UP_AND_DOWN if promoe else ("fc1", "fc2")
+    pairs += _experts(kind, layer.all_experts(), f"{ours}.experts", f"{official}.{stem}", names)
+    if promoe and layer.shared_mlp == "gelu":
+        return pairs + _mlp("gelu", f"{ours}.shared", f"{official}.shared_expert", True)
     if layer.shared_mlp not in ("none", "identity"):
         pairs += _mlp(layer.shared_mlp, f"{ours}.shared", f"{official}.shared_experts")
     return pairs
@@ -185,6 +222,8 @@ def _router(config: ModelConfig, ours: str, official: str) -> list[Entry]:
             _same(f"{ours}.weight", f"{official}.gate.weight"),
             _same(f"{ours}.correction_bias", f"{official}.gate.e_score_correction_bias"),
         ]
+    if isinstance(layer, ProMoEConfig):
+        return [_same(f"{ours}.prototypes", f"{official}.cluster_centers")]
     gate = "gate.weight" if isinstance(layer, TokenChoiceConfig) else "gate_weight"
     pairs = [_same(f"{ours}.affinity.weight", f"{official}.{gate}")]
     if has_predictor(config):
@@ -195,7 +234,9 @@ def _router(config: ModelConfig, ours: str, official: str) -> list[Entry]:
     return pairs
 
 
-def _experts(kind: str, count: int, ours: str, official: str) -> list[Entry]:
+def _experts(
+    kind: str, count: int, ours: str, official: str, layers: tuple[str, str]
+) -> list[Entry]:
     def names(*parts: str) -> tuple[str, ...]:
         return tuple(f"{official}.{e}.{part}" for e in range(count) for part in parts)
 
@@ -209,7 +250,7 @@ def _experts(kind: str, count: int, ours: str, official: str) -> list[Entry]:
             Entry((f"{ours}.w1",), first, _stack_pairs, _unstack_pairs),
             stacked("w2", "down_proj.weight"),
         ]
-    one, two = ("w12", "w3") if kind == "swiglu_bias" else ("fc1", "fc2")
+    one, two = ("w12", "w3") if kind == "swiglu_bias" else layers
     return [
         stacked("w1", f"{one}.weight"),
         stacked("b1", f"{one}.bias"),

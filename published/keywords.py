@@ -76,4 +76,42 @@ DSMOE_KEYS = DEEPSEEK_KEYS | {
     "local_top_p": False,
 }
 
+PROMOE = {k: v for k, v in DIT.items() if k != "CapacityPred_loss_weight"} | {"qk_norm": False}
+
+PROMOE_KEYS = {
+    "num_routed_experts": True,
+    "moe_intermediate_size": True,
+    "shared_expert_intermediate_size": False,
+    "load_balance_loss_coef": True,
+    "norm_topk_prob": False,
+    "seq_aux": False,
+    "use_shared_expert": True,
+    "use_uncond_expert": False,
+    "interleave": True,
+    "init_MoeMLP": False,
+    "top_k": True,
+    "router_weight_mode": True,
+    "routing_contrastive_lam": True,
+    "use_top_k_for_routing_contrastive": True,
+    "routing_contrastive_temperature": True,
+}
+
+DITMOE = {
+    "input_size": 32,
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 1152,
+    "depth": 28,
+    "num_heads": 16,
+    "mlp_ratio": 4,
+    "class_dropout_prob": 0.1,
+    "num_classes": 1000,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "pretraining_tp": 2,
+    "learn_sigma": True,
+    "use_flash_attn": False,
+    "MoE_config": None,
+}
+
 JIT_KEYS = DEEPSEEK_KEYS | {"proj_drop": False}

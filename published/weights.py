@@ -1,17 +1,19 @@
-"""The published checkpoints of DiT, SiT, DiffMoE, DSMoE and JiT into our model and back.
+"""The published checkpoints of DiT, SiT, DiffMoE, JiT, DSMoE, ProMoE, DiT-MoE to ours and back.
 
 A model is described by a family and the official constructor's keywords. The list of entries of
 its config (`published.entries`) serves both directions, and a name that is left over or
 missing on either side is refused.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from config.schema import ModelConfig
+from config.model import ModelConfig
+from config.promoe import ProMoEConfig
 from core.errors import UserError
 from models.build import build_model
 from models.dit import DiT
@@ -39,7 +41,10 @@ def from_official(family: str, ctor: Mapping[str, Any], state: Mapping[str, Tens
 
 def load_official(model: DiT, config: ModelConfig, state: Mapping[str, Tensor]) -> None:
     """Fill `model`, built from `config`, with an official state dict."""
-    known = entries(config)
+    up_and_down = isinstance(config.feed_forward, ProMoEConfig) and any(
+        re.fullmatch(r"blocks\.\d+\.mlp\.up_proj\.weight", name) for name in state
+    )
+    known = entries(config, up_and_down)
     wanted = {name for entry in known for name in entry.official} | constants(model)[0].keys()
     missing, extra = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
     if missing or extra:
@@ -71,6 +76,7 @@ def load_official(model: DiT, config: ModelConfig, state: Mapping[str, Tensor]) 
             )
     _check_constants(model, state)
     model.load_state_dict(tensors)
+    model.up_and_down = up_and_down  # for `to_official`: the config does not say it
 
 
 def to_official(model: DiT, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -87,7 +93,7 @@ def to_official(model: DiT, tensors: Mapping[str, Tensor] | None = None) -> dict
     whole = tensors is None
     source = model.state_dict() if whole else tensors
     result = {}
-    known = entries(model.config)
+    known = entries(model.config, getattr(model, "up_and_down", False))
     unnamed = source.keys() - {name for entry in known for name in entry.ours}
     if unnamed:
         raise UserError(

@@ -90,6 +90,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--sampler", "--sampling-method", type=str.lower, help=_known_samplers())
     add("--num-sampling-steps", type=positive, help="adaptive solvers choose their own")
+    add("--time-shift", type=float, help="flow: longer steps near the data above 1, default 1")
     add("--cfg-scale", type=float, help="guidance scale, 1 for none")
     add("--cfg-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="guide at these times")
     add("--cfg-channels", choices=["all", "first3"], help="guided channels of the latent")

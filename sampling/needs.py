@@ -108,6 +108,11 @@ NEEDS = (
         lambda c: c.sampling.sampler not in ADAPTIVE,
     ),
     Need(
+        ("time_shift",),
+        "a flow and a sampler with fixed steps",
+        lambda c: c.config.objective.name == "flow" and c.sampling.sampler not in ADAPTIVE,
+    ),
+    Need(
         ("cfg_interval", "cfg_channels", "cfg_pooling", "negative_prompt"),
         "guidance, a --cfg-scale other than 1",
         lambda c: c.sampling.cfg_scale != 1,

@@ -49,6 +49,9 @@ def torchrun(processes, *argv):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+LOSSES = {"token_choice": {"balance"}, "diffmoe": {"capacity"}, "promoe": {"contrastive"}}
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layer", FEED_FORWARDS)
 def test_every_layer_trains_and_samples_with_every_objective(
@@ -59,7 +62,7 @@ def test_every_layer_trains_and_samples_with_every_objective(
     entries = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries] == [2, 4]
     expected = {"flow": {"mse"}, "ddpm": {"mse", "vb"}}[objective]
-    expected |= {"token_choice": {"balance"}, "diffmoe": {"capacity"}}.get(layer, set())
+    expected |= LOSSES.get(layer, set())
     assert {f"loss/{name}" for name in expected} <= entries[0].keys()
     for entry in entries:
         by_noise = entry.pop("capacity_by_noise", None)
@@ -69,7 +72,7 @@ def test_every_layer_trains_and_samples_with_every_objective(
     assert (record["objective"], record["feed_forward"]) == (objective, layer)
     if layer == "dense":
         assert record["capacity_infer"] is None
-    if layer in ("token_choice", "expert_choice"):
+    if layer in ("token_choice", "expert_choice", "promoe"):
         assert record["capacity_infer"] == pytest.approx(1.0)
     with np.load(next((tmp_path / "samples").glob("*/*/samples.npz"))) as samples:
         assert samples["arr_0"].shape == (5, 16, 16, 3)
@@ -129,12 +132,16 @@ def test_tensorboard_has_losses_capacity_loads_and_grids(trained):
     assert [e.step for e in events.Images("samples/ema")] == [2, 4]
 
 
-def test_training_goes_on_where_it_stopped(tiny_config, tmp_path):
-    whole = run_training(tiny_config, tmp_path / "whole", "--train.max_steps", "6")
-    run_training(tiny_config, tmp_path / "parts")
-    parts = run_training(
-        tiny_config, tmp_path / "parts", "--train.max_steps", "6", "--resume", "auto"
-    )
+PROMOE = ["--model.feed_forward.router_input", "decoupled", "--model.qk_norm", "layernorm"]
+PROMOE += ["--model.feed_forward.name", "promoe", "--model.feed_forward.top_k", "2"]
+
+
+@pytest.mark.parametrize("layer", [[], PROMOE], ids=["diffmoe", "promoe"])
+def test_training_goes_on_where_it_stopped(layer, tiny_config, tmp_path):
+    whole = run_training(tiny_config, tmp_path / "whole", *layer, "--train.max_steps", "6")
+    run_training(tiny_config, tmp_path / "parts", *layer)
+    again = ["--train.max_steps", "6", "--resume", "auto"]
+    parts = run_training(tiny_config, tmp_path / "parts", *layer, *again)
     for weights in ("model", "ema"):
         one, other = (load_pretrained(run, weights).model.state_dict() for run in (whole, parts))
         for name, tensor in one.items():

@@ -9,8 +9,9 @@ import torch
 
 from config.files import known_configs
 from config.load import parse_config
+from config.model import ModelConfig
 from config.objective import OBJECTIVES
-from config.schema import Config, ModelConfig
+from config.schema import Config
 from core.types import ModelOutput
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward

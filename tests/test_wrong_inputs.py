@@ -21,7 +21,7 @@ TRAIN = """
 --config '' | --config: no file ''
 --config {empty} | is a folder, not a file
 --config dit | dit is a folder, not a file; configs in it: dit/B_flow
---config imagenet256 | near it: dit/imagenet256, dsmoe/imagenet256, jit/imagenet256
+--config imagenet256 | near it: dit/imagenet256, ditmoe/imagenet256, dsmoe/imagenet256
 --config dit_S_ddpm | it is now dit/S_flow with --objective.name ddpm
 --config difmoe/L_E16_flow | near it: diffmoe/L_E16_flow
 --config {text} | a config is a mapping of keys, not str
@@ -44,17 +44,17 @@ train | train: unknown; a value follows its flag
 --hidden_size 8 | did you mean --model.hidden_size?
 --nothing-of-the-kind 1 | --nothing_of_the_kind: unknown key; --help lists the keys
 --model 3 | --model: is a section; give its keys
---model.feed_forward.top_k 2 | --model.feed_forward.name deepseek or token_choice has it, not diffmo
+--model.feed_forward.top_k 2 | --model.feed_forward.name deepseek or promoe or token_choice has it
 --objective.noise_schedule linear | --objective.name ddpm has it, not flow
 --model.feed_forward.name moe | model.feed_forward.name: unknown 'moe'; known: deepseek, dense
 --objective.name vdm | objective.name: unknown 'vdm'; known: ddpm, flow
---model.size XS | --model.size: unknown 'XS'; known: B, L, S
+--model.size XS | --model.size: unknown 'XS'; known: B, G, L, M, S
 --seed x | seed: 'x' is not allowed; wanted: int
 --seed 1.5 | seed: '1.5' is not allowed; wanted: int
 --seed null | seed: null is not allowed; wanted: int
 --device tpu | device: 'tpu' is not allowed; wanted: 'auto', 'cpu', 'cuda'
 --resume yes | resume: 'yes' is not allowed; wanted: 'auto', 'never'
---model.qk_norm maybe | model.qk_norm: 'maybe' is not allowed; wanted: bool
+--model.qk_norm maybe | model.qk_norm: 'maybe' is not allowed; wanted: 'none', 'rmsnorm'
 --optim.betas [0.9] | optim.betas: '[0.9]' is not allowed; wanted: [float, float]
 --optim.betas 0.9 | optim.betas: '0.9' is not allowed
 --optim.betas [0.9,1.0] | optim.betas: 1.0 is not in [0, 1)

@@ -20,7 +20,7 @@ TRAINING_ONLY = {"model.dropout", "model.feed_forward.bias_update_rate"}
 FREE = {"model.expert_backend"}
 """Keys that change how fast a model computes, not what."""
 
-OF_THE_START = {"run_dir", "resume", "init_from", "init_fresh"}
+OF_THE_START = {"run_dir", "resume", "init_from", "init_fresh", "init_upcycle"}
 """Keys that say where a run begins, and mean nothing later."""
 
 LATENTS = ("scaling_factor", "shift_factor", "latent_channels", "class_names", "vae_hash")

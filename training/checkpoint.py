@@ -20,6 +20,7 @@ from core.distributed import Processes
 from core.errors import ConfigError, UserError
 from core.logging import get_logger
 from data.sampler import Position
+from models import upcycling
 from models.dit import DiT
 from models.pretrained import (
     CONFIG_FILE,
@@ -58,6 +59,9 @@ FRESH = {
     "text": TEXT + LABELS,
 }
 """Parts of the names of what a new run does not take over."""
+
+OF_EXPERTS = ("model.feed_forward.", "model.moe_every", "model.leading_dense")
+"""Keys in which a model with experts differs from the dense one that it is made of."""
 
 
 @dataclass
@@ -257,11 +261,34 @@ def initialise(config: Config, model: DiT, texts: dict[str, Any] | None) -> None
             check_same_texts(theirs, {"text": texts}, folder)
         except ConfigError as error:
             raise ConfigError(f"init_from: {error}; --init_fresh text starts it anew") from None
-    load_weights(model, weights, FRESH[config.init_fresh])
+    found = load_config(folder / CONFIG_FILE)
+    if config.init_upcycle:
+        _upcycle(config, model, found, weights)
+    else:
+        load_weights(model, weights, FRESH[config.init_fresh])
     if config.init_fresh == "text":
         _take_labels(model, weights)
-    for difference in model_differences(load_config(folder / CONFIG_FILE), config).values():
-        log.warning("init_from: %s: %s", folder, difference)
+    for key, difference in model_differences(found, config).items():
+        if not (config.init_upcycle and key.startswith(OF_EXPERTS)):
+            log.warning("init_from: %s: %s", folder, difference)
+
+
+def _upcycle(config: Config, model: DiT, found: Config, weights: Path) -> None:
+    """Fill `model` from a dense one, and say whether it computes the same at first."""
+    dense, own = found.model, model.state_dict()
+    fresh = FRESH[config.init_fresh] + upcycling.FRESH
+    load_weights(
+        model, weights, fresh, lambda tensors: upcycling.upcycle(tensors, dense, config.model, own)
+    )
+    blocks = ", ".join(map(str, config.model.moe_blocks()))
+    about = "init_upcycle: the experts of the %s layers (blocks %s) come from MLPs"
+    reasons = upcycling.departures(dense, config.model)
+    if reasons:
+        told = f"{about}; there the first forward is not the dense model's: %s"
+        log.warning(told, config.model.feed_forward.name, blocks, "; ".join(reasons))
+    else:
+        told = f"{about}; the first forward is the dense model's"
+        log.info(told, config.model.feed_forward.name, blocks)
 
 
 def _take_labels(model: DiT, path: Path) -> None:

@@ -35,12 +35,13 @@ def shared_evenly(config: Config, processes: Processes) -> Config:
     fitting = fitting_micro_batch(config, processes.world_size)
     if fitting == config.train.micro_batch_size:
         return config
-    balanced = getattr(config.model.feed_forward, "balance_loss_weight", 0) > 0
+    of_batch = ("balance_loss_weight", "contrastive_loss_weight", "similarity_loss_weight")
+    routed = any(getattr(config.model.feed_forward, key, 0) > 0 for key in of_batch)
     log.info(
         "train.micro_batch_size: %d instead of %d, so that %d processes share %d images%s",
         *(fitting, config.train.micro_batch_size),
         *(processes.world_size, config.train.global_batch_size),
-        "; the balance loss is that of the smaller ones" if balanced else "",
+        "; the losses of routing are those of the smaller ones" if routed else "",
     )
     return dataclasses.replace(
         config, train=dataclasses.replace(config.train, micro_batch_size=fitting)

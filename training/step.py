@@ -111,7 +111,7 @@ class TrainStep:
         with self._precision():
             model = functools.partial(self.model, step=step)
             terms = self.objective.training_losses(model, x, cond, draw)
-        auxiliary = auxiliary_losses(terms.routing)
+        auxiliary = auxiliary_losses(terms.routing, self.bare.patchify(terms.target))
         loss = terms.per_sample.mean() + sum(auxiliary.values())
         (loss / self.accumulation).backward()
         named = {name: part.mean() for name, part in terms.named.items()}
@@ -147,14 +147,24 @@ class TrainStep:
         return finite
 
 
-def auxiliary_losses(records: list[RoutingRecord]) -> dict[str, Tensor]:
+def auxiliary_losses(
+    records: list[RoutingRecord], target: Tensor | None = None
+) -> dict[str, Tensor]:
     """The routers' weighted losses by name, summed over the layers.
 
     The published code and configs sum the capacity loss too, where Eq. 12 divides by their
     number L.
+
+    Args:
+        records: of one forward pass.
+        target: (B, S, F) what the model was to predict, in patches; without it, layers that
+            predict it themselves (per-layer regularisation) are not judged.
     """
     sums: dict[str, Tensor] = {}
     for record in records:
-        for name, loss in record.losses.items():
+        losses = record.losses
+        if record.prediction is not None and target is not None:
+            losses = losses | {"plr": record.plr_loss(target)}
+        for name, loss in losses.items():
             sums[name] = sums.get(name, 0) + loss
     return sums

@@ -60,26 +60,31 @@ class Flow:
         noise = self.config.noise_scale * noise
         output = model(self.path.interpolate(x, noise, t), t, cond)
         prediction = output.prediction[:, : x.shape[1]].float()
-        error = self._error(prediction, x, noise, t).square().flatten(1).mean(dim=1)
+        target = self.target(x, noise, t)
+        if self.config.prediction == "score":  # in the noise's units
+            prediction = self.path.sigma(expand(t, x)) * prediction
+        error = (prediction - target).square().flatten(1).mean(dim=1)
         mse = error if self.config.loss_weighting == "none" else self.weight(t) * error
-        return LossTerms(mse, {"mse": mse}, output.routing, 1 - t)
+        return LossTerms(mse, {"mse": mse}, output.routing, 1 - t, target)
 
     def time_of(self, u: Tensor) -> Tensor:
         """Training times from `u` uniform in [0, 1)."""
         low, high = interval(self.config, self.train_eps)
         if self.config.time_distribution == "logit_normal":
             u = torch.sigmoid(self.config.time_mean + self.config.time_std * torch.special.ndtri(u))
+        elif self.config.time_distribution == "mode":
+            u = u + self.config.time_mode_scale * ((math.pi / 2 * u).cos().square() - 1 + u)
+        u = shifted(u, self.config.time_shift)
         return low + (high - low) * u
 
-    def _error(self, prediction: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the prediction is compared with; of a score that times sigma, which is bounded."""
         kind = self.config.prediction
         if kind == "velocity":
-            return prediction - self.path.velocity(x, noise, t)
-        if kind == "noise":
-            return prediction - noise
+            return self.path.velocity(x, noise, t)
         if kind == "x":
-            return prediction - x
-        return self.path.sigma(expand(t, x)) * prediction + noise  # of the score, in noise's units
+            return x
+        return noise if kind == "noise" else -noise
 
     def weight(self, t: Tensor) -> Tensor:
         """(B,) weight of the squared error.
@@ -109,7 +114,8 @@ class Flow:
             raise unknown_name("sampling.sampler", settings.sampler, self.samplers)
         if settings.sampler in sde.SOLVERS:
             return self._stochastic(model, noise, cond, settings, draw)
-        grid = _grid(*interval(self.config, self.sample_eps), settings.num_steps, noise)
+        times = interval(self.config, self.sample_eps)
+        grid = time_grid(*times, settings.num_steps, noise, settings.time_shift)
         return ode.solve(
             self.velocity(model, cond),
             self.config.noise_scale * noise,
@@ -130,7 +136,7 @@ class Flow:
             self.config, self.sample_eps, settings.diffusion_form, stochastic=True, last=size
         )
         steps = settings.num_steps - (rule != "none")
-        grid = _grid(*times, steps, noise)
+        grid = time_grid(*times, steps, noise, settings.time_shift)
         return self.stochastic_path(model, noise, cond, settings, draw, grid)
 
     def stochastic_path(
@@ -191,7 +197,7 @@ class Flow:
         return ode.log_likelihood(
             self.velocity(model, cond),
             x,
-            _grid(1 - last, 1 - first, settings.num_steps, x),
+            time_grid(1 - last, 1 - first, settings.num_steps, x),
             settings.sampler,
             probe,
             settings.atol,
@@ -245,5 +251,16 @@ def interval(
     return (eps if starts_late and config.path != "vp" else 0.0), high
 
 
-def _grid(first: float, last: float, num_steps: int, like: Tensor) -> Tensor:
-    return torch.linspace(first, last, num_steps + 1, dtype=like.dtype, device=like.device)
+def shifted(u: Tensor, shift: float) -> Tensor:
+    """Times `u` in [0, 1] moved towards the noise (Esser et al. 2024, Eq. 23); 1 leaves them."""
+    return u if shift == 1 else u / (shift - (shift - 1) * u)
+
+
+def time_grid(
+    first: float, last: float, num_steps: int, like: Tensor, shift: float = 1.0
+) -> Tensor:
+    """(num_steps + 1,) times from `first` to `last`, in the precision and place of `like`."""
+    if shift == 1:
+        return torch.linspace(first, last, num_steps + 1, dtype=like.dtype, device=like.device)
+    u = torch.linspace(0, 1, num_steps + 1, dtype=like.dtype, device=like.device)
+    return first + (last - first) * shifted(u, shift)

@@ -12,24 +12,37 @@ class CapacityPredictor(nn.Module):
 
     The thresholds tau (E,) belong to the model's state. The forward never writes them: the
     trainer does, once per step, from the quantiles that the layers report (Eq. 17).
+
+    Args:
+        input_size: width of what the router reads.
+        num_experts: E.
+        threshold_decay: alpha of Eq. 17.
+        hidden_size: width between the layers; by default `input_size`.
     """
 
     role = "predictor"
     state_name = "thresholds"
     thresholds: Tensor
 
-    def __init__(self, hidden_size: int, num_experts: int, threshold_decay: float):
+    def __init__(
+        self,
+        input_size: int,
+        num_experts: int,
+        threshold_decay: float,
+        hidden_size: int | None = None,
+    ):
         super().__init__()
+        width = hidden_size or input_size
         self.threshold_decay = threshold_decay
         self.mlp = nn.Sequential(
-            nn.Linear(hidden_size, hidden_size),
+            nn.Linear(input_size, width),
             nn.SiLU(),
-            nn.Linear(hidden_size, num_experts),
+            nn.Linear(width, num_experts),
         )
         self.register_buffer("thresholds", torch.zeros(num_experts))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (T, E) float32 for `tokens` (T, D), through which no gradient flows back.
+        """Logits (T, E) float32 for `tokens` (T, input_size), through which no gradient flows back.
 
         The last product is float32 under autocast too: thresholds are quantiles of its values,
         of which bf16 would make many equal.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.schema import DeepSeekConfig
+from config.layers import DeepSeekConfig
 from core.precision import outside_autocast
 from core.types import RouterContext, RoutingPlan, RoutingRecord
 from models.moe.routers import first_weight
@@ -23,19 +23,19 @@ class DeepSeekRouter(nn.Module):
     state, and the forward never writes it: the trainer does, once per step.
 
     Args:
-        hidden_size: D.
+        input_size: width of what the router reads.
         config: `num_experts`, `top_k`, groups, `routed_scaling_factor`, `bias_update_rate`,
-            `router_init`: published is normal with variance 2 / D.
+            `router_init`: published is normal with variance 2 / input_size.
     """
 
     correction_bias: Tensor
     state_name = "correction_bias"
 
-    def __init__(self, hidden_size: int, config: DeepSeekConfig):
+    def __init__(self, input_size: int, config: DeepSeekConfig):
         super().__init__()
         self.config = config
         start = first_weight(config, nn.init.kaiming_normal_)
-        self.weight = nn.Parameter(start(torch.empty(config.num_experts, hidden_size)))
+        self.weight = nn.Parameter(start(torch.empty(config.num_experts, input_size)))
         self.register_buffer("correction_bias", torch.zeros(config.num_experts))
 
     def forward(self, x: Tensor, context: RouterContext) -> tuple[RoutingPlan, RoutingRecord]:

@@ -12,14 +12,27 @@ ROW_BUDGET = 4
 """Pairs computed at once, in units of the tokens, or what the config asks for if that is more."""
 
 
+def router_tokens(x: Tensor, context: RouterContext, kind: str) -> Tensor:
+    """What a router reads of tokens `x` (B, S, D): `modulated` as they are, or `decoupled`.
+
+    Decoupled (B, S, 2 D): the time's embedding, the same for all tokens of a sample, then the
+    tokens before modulation, so that neither class nor text sways the choice directly.
+    """
+    if kind == "modulated":
+        return x
+    time = context.time_embedding[:, None].expand_as(context.tokens)
+    return torch.cat([time, context.tokens], dim=-1)
+
+
 class MoEFeedForward(nn.Module):
     """Router, experts and combine: (B, S, D) -> (B, S, D) and what the router did.
 
     Args:
-        router: (B, S, D), RouterContext -> (RoutingPlan, RoutingRecord).
+        router: (B, S, D or 2 D), RouterContext -> (RoutingPlan, RoutingRecord).
         experts: computes the pairs of the plan.
         experts_per_token: experts that compute a token in training, on average.
         shared: a dense layer that every token goes through besides, with weight 1; or None.
+        router_input: what the router reads, see `router_tokens`.
     """
 
     role = "router"
@@ -30,12 +43,14 @@ class MoEFeedForward(nn.Module):
         experts: Experts,
         experts_per_token: float = 1.0,
         shared: nn.Module | None = None,
+        router_input: str = "modulated",
     ):
         super().__init__()
         self.router = router
         self.experts = experts
         self.experts_per_token = experts_per_token
         self.shared = shared
+        self.router_input = router_input
         if shared is not None:
             shared.role = "shared experts"
 
@@ -76,7 +91,8 @@ class MoEFeedForward(nn.Module):
         self, x: Tensor, context: RouterContext | None = None
     ) -> tuple[Tensor, RoutingRecord]:
         tokens = x.flatten(0, 1)  # (B * S, D)
-        plan, record = self.router(x, RouterContext() if context is None else context)
+        context = RouterContext() if context is None else context
+        plan, record = self.router(router_tokens(x, context, self.router_input), context)
         y = self._routed(tokens, plan).to(product_dtype(x)).view_as(x)
         if self.shared is not None:
             y = y + self.shared(x)[0]

@@ -4,14 +4,16 @@ Shapes: B batch, S tokens of one sample, E experts, K choices, G pools of T toke
 (G = B, T = S for the pool of a sample; G = 1, T = B * S for the pool of the batch).
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config.model import ExpertChoiceConfig, MoEConfig, TokenChoiceConfig
+from config.layers import ExpertChoiceConfig, MoEConfig, TokenChoiceConfig
 from core.precision import outside_autocast
 from core.types import RouterContext, RoutingPlan, RoutingRecord
 from models.moe.capacity import CapacityPredictor, quantile_of_kth
@@ -28,41 +30,50 @@ def first_weight(
 
 
 class Affinity(nn.Module):
-    """Token-expert affinity (Eq. 1): softmax over the experts, always in float32.
+    """Token-expert affinity (Eq. 1): softmax over the experts or sigmoid, always in float32.
 
     Eq. 5 leaves the softmax out; Algorithm 3 has it, and so do we.
 
     Args:
-        hidden_size: D.
+        input_size: width of what the router reads.
         num_experts: E.
-        start: fills the weight (E, D) of a fresh model.
+        start: fills the weight (E, input_size) of a fresh model.
+        kind: `softmax` or `sigmoid`.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, start: Callable[[Tensor], Tensor]):
+    def __init__(
+        self,
+        input_size: int,
+        num_experts: int,
+        start: Callable[[Tensor], Tensor],
+        kind: str = "softmax",
+    ):
         super().__init__()
-        self.weight = nn.Parameter(start(torch.empty(num_experts, hidden_size)))
+        self.kind = kind
+        self.weight = nn.Parameter(start(torch.empty(num_experts, input_size)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., E)."""
+        """(..., input_size) -> (..., E)."""
         with outside_autocast(x.device):
-            return F.linear(x.float(), self.weight.float()).softmax(dim=-1)
+            logits = F.linear(x.float(), self.weight.float())
+            return logits.sigmoid() if self.kind == "sigmoid" else logits.softmax(dim=-1)
 
 
 class TokenChoiceRouter(nn.Module):
     """Every token takes its top-k experts, weighted by affinity (Eq. 2, Algorithm 2).
 
-    A fresh weight is uniform within 1 / sqrt(D), as the published TC-DiT draws it.
+    A fresh weight is uniform within 1 / sqrt(input_size), as the published TC-DiT draws it.
 
     Args:
-        hidden_size: D.
+        input_size: width of what the router reads.
         config: `num_experts`, `top_k`, `balance_loss_weight`, `router_init`.
     """
 
-    def __init__(self, hidden_size: int, config: TokenChoiceConfig):
+    def __init__(self, input_size: int, config: TokenChoiceConfig):
         super().__init__()
         published = partial(nn.init.kaiming_uniform_, a=5**0.5)
         start = first_weight(config, published)
-        self.affinity = Affinity(hidden_size, config.num_experts, start)
+        self.affinity = Affinity(input_size, config.num_experts, start)
         self.top_k = config.top_k
         self.balance_loss_weight = config.balance_loss_weight
 
@@ -93,10 +104,11 @@ class ExpertChoiceRouter(nn.Module):
     """Every expert takes its top tokens of a pool.
 
     The pool of a sample is EC-DiT (Algorithm 1); the pool of the batch with a capacity predictor
-    is DiffMoE (Algorithm 3 in training, 4 in dynamic inference).
+    is DiffMoE (Algorithm 3 in training, 4 in dynamic inference). With weights renormalised for
+    each token, counts rounded up and a decoupled input it is Nucleus-Image's.
 
     Args:
-        hidden_size: D.
+        input_size: width of what the router reads.
         config: `num_experts`, `capacity`, `pool`, `inference` and their kin.
         predictor: learns the choice; None for plain expert choice.
 
@@ -105,13 +117,13 @@ class ExpertChoiceRouter(nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
+        input_size: int,
         config: ExpertChoiceConfig,
         predictor: CapacityPredictor | None = None,
     ):
         super().__init__()
         start = first_weight(config, partial(nn.init.normal_, std=SPREAD))
-        self.affinity = Affinity(hidden_size, config.num_experts, start)
+        self.affinity = Affinity(input_size, config.num_experts, start, config.scores)
         self.predictor = predictor
         self.config = config
 
@@ -130,6 +142,7 @@ class ExpertChoiceRouter(nn.Module):
             threshold = self.config.fixed_threshold if fixed else None
             counts = self.predictor.counts(logits.view(pools, T, E), threshold)  # (G, E)
             plan = top_tokens_varying(scores, counts)
+        plan = self._weighted(plan, B * S)
         record = RoutingRecord.of(plan, x, context)
         if logits is not None:
             record.capacity_logits = logits.detach()
@@ -142,8 +155,18 @@ class ExpertChoiceRouter(nn.Module):
         """What keeps the router's state: the predictor, where there is one."""
         return self.predictor
 
+    def _weighted(self, plan: RoutingPlan, tokens: int) -> RoutingPlan:
+        """The plan with weights as the config wants them, of `tokens` in all."""
+        gate = plan.gate
+        if self.config.renormalise == "token":
+            # By a table, in which every pair has its own place: sums by index depend on the order.
+            table = plan.table(gate, tokens)  # (T, E)
+            share = table / (table.sum(dim=1, keepdim=True) + 1e-12)
+            gate = share.flatten().gather(0, plan.cells())
+        return replace(plan, gate=self.config.route_scale * gate)
+
     def _tokens_per_expert(self, tokens: int, scheduled: float | None) -> int:
-        """k of a pool of `tokens`: Eq. 8 solved for it, and rounded down."""
+        """k of a pool of `tokens`: Eq. 8 solved for it, and rounded."""
         capacity, experts = self.config.capacity, self.config.num_experts
         if not self.training:
             capacity = self.config.inference_capacity or capacity
@@ -152,7 +175,8 @@ class ExpertChoiceRouter(nn.Module):
         if self.config.round_share_first:
             return int(tokens / experts * capacity)
         # Multiplied first, a whole number is exact.
-        return min(tokens, int(tokens * capacity / experts))
+        share = tokens * capacity / experts
+        return min(tokens, math.ceil(share) if self.config.rounding == "up" else int(share))
 
     def _report_training(self, record: RoutingRecord, plan: RoutingPlan, logits: Tensor) -> None:
         target = record.token_mask().to(logits.dtype)

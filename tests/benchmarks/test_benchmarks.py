@@ -8,7 +8,7 @@ import torch
 from benchmarks import latent_loader, metrics, moe_layer, train_step
 from benchmarks.measure import activation_memory
 from benchmarks.pseudo_code import Algorithm3
-from config.schema import DiffMoEConfig
+from config.layers import DiffMoEConfig
 from models.moe.capacity import CapacityPredictor
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
@@ -40,6 +40,32 @@ def test_a_table_of_deepseek_layers_has_a_dense_one_of_the_same_activated_width(
         assert rows[name]["train / dense"] == rows[name]["infer / dense"] == 1
     assert {"deepseek E16-k2", "deepseek E48-k5", "deepseek E48-k5, loop"} <= rows.keys()
     assert "deepseek, 512 tokens" in capsys.readouterr().out
+
+
+def test_a_table_of_races(tmp_path, capsys):
+    sizes = ["--hidden-size", "16", "--tokens", "512", "--repeats", "1", "--device", "cpu"]
+    out = tmp_path / "layer.json"
+    moe_layer.main([*sizes, "--family", "race", "--out", str(out)])
+    rows = {row["layer"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["dense"]["train / dense"] == 1
+    assert {"race 2-in-8", "race 4-in-32", "expert_choice, renormalised"} <= rows.keys()
+    assert "race, 512 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("family", "dense", "layers"),
+    [
+        ("promoe", "dense GELU of 64", {"promoe E12 by token", "promoe E12 by expert"}),
+        ("ditmoe", "dense SwiGLU of 160", {"ditmoe E8-k2"}),  # 2 x 4 D + 2 D
+    ],
+)
+def test_tables_of_other_papers(family, dense, layers, tmp_path):
+    sizes = ["--hidden-size", "16", "--tokens", "512", "--repeats", "1", "--device", "cpu"]
+    out = tmp_path / "layer.json"
+    moe_layer.main([*sizes, "--family", family, "--out", str(out)])
+    rows = {row["layer"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows.keys() == {dense, *layers, *(f"{name}, loop" for name in layers)}
+    assert rows[dense]["train / dense"] == 1
 
 
 TEXT = """data: {text_cached_path: texts, horizontal_flip: false}
@@ -95,6 +121,10 @@ def test_thresholds_settle_where_capacity_is_one():
     with torch.no_grad():
         _, record = module.eval()(x)
     assert record.counts.sum().item() == 2 * 64
+    race = moe_layer.build(moe_layer.RACES["race 2-in-8"], 16, "auto", CPU)
+    moe_layer.settle(race, x)
+    with torch.no_grad():
+        assert race.eval()(x)[1].counts.sum().item() == 2 * 64 * 2
 
 
 def test_the_printed_algorithm_computes_what_our_layer_does():

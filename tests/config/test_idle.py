@@ -2,7 +2,7 @@
 
 import pytest
 
-from config.idle import NEEDS
+from config.needs import NEEDS
 from config.load import dump_config, load_config, parse_config
 from config.typed import all_paths
 from core.errors import ConfigError
@@ -33,6 +33,14 @@ IDLE = [
     ),
     ("--model.feed_forward.name dense --model.moe_every 1", "other than dense"),
     ("--model.context_start 1", "model.context_tokens"),
+    (
+        "--model.feed_forward.intermediate_size 64 --model.feed_forward.hidden_split 2",
+        "model.feed_forward.intermediate_size null",
+    ),
+    (
+        "--model.feed_forward.rounding up --model.feed_forward.round_share_first true",
+        "model.feed_forward.rounding down",
+    ),
     ("--model.num_classes 0 --model.label_dropout 0.2", "model.num_classes above 0"),
     ("--model.intermediate_size 64 --model.mlp_ratio 2", "model.intermediate_size null"),
     (
@@ -45,7 +53,11 @@ IDLE = [
         "model.feed_forward.top_k_groups below num_groups",
     ),
     ("--objective.time_mean 0", "objective.time_distribution logit_normal"),
+    ("--objective.time_mode_scale 1", "objective.time_distribution mode"),
     ("--objective.t_eps 0.1", "objective.prediction x"),
+    ("--model.qk_norm rmsnorm --model.qk_norm_eps 1e-6", "model.qk_norm layernorm"),
+    ("--objective.name ddpm --sampling.time_shift 3", "objective.name flow"),
+    ("--sampling.sampler dopri5 --sampling.time_shift 3", "a sampler with fixed steps"),
     ("--objective.train_eps 0.1", "objective.path vp, or objective.prediction noise or score"),
     ("--objective.sample_eps 0.1", "or a sampler of the SDE"),
     ("--objective.name ddpm --objective.variance_type fixed_small", "model.learn_sigma false"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from config.files import known_configs
+from config.layers import DenseConfig, DiffMoEConfig, TokenChoiceConfig
 from config.load import dump_config, load_config, parse_config
-from config.schema import DenseConfig, DiffMoEConfig, TokenChoiceConfig
 from core.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def test_size_stands_for_three_keys(tmp_path):
         ("data: null", r"data: a section of keys is wanted here, not None"),
         ("model: {size: [L]}", r"model\.size: unknown \['L'\]"),
         ("model: 3", r"model: a section of keys is wanted"),
-        ("model: {size: huge}", r"model\.size: unknown 'huge'; known: B, L, S"),
+        ("model: {size: huge}", r"model\.size: unknown 'huge'; known: B, G, L, M, S"),
         ("objective: {name: vdm}", r"objective\.name: unknown 'vdm'; known: ddpm, flow"),
         (
             "model: {feed_forward: {name: [diffmoe]}}",
@@ -150,7 +150,7 @@ def test_bad_files_are_refused(tmp_path, text, wanted):
             ["--model.feed_forward.name", "moe"],
             r"unknown 'moe'; known: deepseek, dense, diff",
         ),
-        (["--model.size", "huge"], r"--model\.size: unknown 'huge'; known: B, L, S, T2I, XL"),
+        (["--model.size", "huge"], r"--model\.size: unknown 'huge'; known: B, G, L, M, S, T2I, XL"),
         (["--optim.lr", "fast"], r"optim\.lr: 'fast' is not allowed"),
         (["--config", "nowhere.yaml"], r"no file .*nowhere\.yaml"),
         (["--model.feed_forward.pool", "world"], r"pool: 'world' is not allowed; .*'sample', 'ba"),
@@ -195,7 +195,7 @@ def test_an_unknown_name_lists_near_ones(name, near):
         ("dit_S_ddpm", "it is now dit/S_flow with --objective.name ddpm$"),
         ("jitmoe_B16_E16", "it is now jit/B16_E16$"),
         ("imagenet256_jit", "it is now jit/imagenet256$"),
-        ("imagenet256", "near it: dit/imagenet256, dsmoe/imagenet256, jit/imagenet256$"),
+        ("imagenet256", "near it: dit/imagenet256, .*, jit/imagenet256, promoe/imagenet256$"),
         ("S_E16_flow", "near it: diffmoe/S_E16_flow, dsmoe/S_E16_flow, ecdit/S_E16_flow, tcdit/"),
         ("dit", r"dit is a folder, not a file; configs in it: dit/B_flow, .*, \.\.\.$"),
         ("nowhere", r"there are such as 000_DiffMoE_S_E16_Flow, .*, \.\.\.$"),
@@ -220,7 +220,7 @@ def test_a_folder_is_no_config(tmp_path):
         (["--modell.depth", "1"], r"--modell: unknown key; did you mean --model\?$"),
         (
             ["--model.feed_forward.top_k", "1"],
-            r"--model\.feed_forward\.name deepseek or token_choice has it, not diffmoe$",
+            r"feed_forward\.name deepseek or promoe or race or token_choice has it, not diffmoe$",
         ),
         (["--objective.loss", "kl"], r"--objective\.name ddpm has it, not flow$"),
         (["--nothing", "1"], r"--nothing: unknown key; --help lists the keys$"),

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from config.model import ModelConfig
 from config.protocol import known_protocols, load_protocol
-from config.schema import FEED_FORWARDS, ModelConfig
+from config.schema import FEED_FORWARDS
 from core.precision import exact_float32, set_tf32
 from data.vae import VAE
 from models.build import build_model

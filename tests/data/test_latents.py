@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from config.schema import DataConfig, ModelConfig
+from config.model import ModelConfig
+from config.schema import DataConfig
 from core.errors import UserError
 from data.dataset import LatentDataset
 from data.images import ImageFolder, load_image, to_float

@@ -63,6 +63,34 @@ JITMOE = {
 }
 """Balanced experts, and what JiT adds to the backbone."""
 
+RACE = {
+    "model__feed_forward__name": "race",
+    "model__feed_forward__hidden_split": 2,
+    "model__moe_every": 1,
+}
+
+NUCLEUS = {
+    "model__feed_forward__name": "expert_choice",
+    "model__feed_forward__renormalise": "token",
+    "model__feed_forward__route_scale": 2.5,
+    "model__feed_forward__rounding": "up",
+    "model__feed_forward__router_input": "decoupled",
+    "model__moe_every": 1,
+}
+
+
+PROMOE = {
+    "model__feed_forward__name": "promoe",
+    "model__feed_forward__top_k": 2,
+    "model__feed_forward__balance_loss_weight": 0.1,
+    "model__feed_forward__router_input": "decoupled",
+    "model__qk_norm": "layernorm",
+    "model__time_scale": 1000,
+    "model__time_reversed": True,
+    "model__label_dropout": 0.4,
+}
+"""Prototypes, samples without a class, and what ProMoE adds to the backbone."""
+
 
 def main(out: Path, *data: str) -> None:
     fsdp = {"parallel__strategy": "fsdp"}
@@ -86,6 +114,12 @@ def main(out: Path, *data: str) -> None:
         run("jitmoe", **JITMOE)
         run("jitmoe_fsdp", **JITMOE, **fsdp)
         run("jitmoe_fsdp_recomputing", **JITMOE, **fsdp, **again)
+        run("promoe_recomputing", **PROMOE, **again)
+        run("promoe_fsdp", **PROMOE, **fsdp)
+        run("promoe_fsdp_recomputing", **PROMOE, **fsdp, **again)
+        for name, layer in (("race", RACE), ("nucleus", NUCLEUS)):
+            run(name, **layer)
+            run(f"{name}_fsdp_recomputing", **layer, **fsdp, **again)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from launch import on_two_processes
-from strategies import JITMOE, STEPS, flags
+from strategies import JITMOE, NUCLEUS, PROMOE, RACE, STEPS, flags
 
 from config.load import parse_config
 from core.distributed import Processes
@@ -85,6 +85,49 @@ def test_biases_follow_the_loads_of_all_processes(runs, jitmoe_alone, name):
     for one, other in zip(entries(jitmoe_alone), entries(runs / name), strict=True):
         for key in ("loss/loss", "grad_norm", "max_load/moe_layer_0", "bias_range/moe_layer_1"):
             assert other[key] == pytest.approx(one[key], rel=1e-5), key
+
+
+@pytest.fixture(scope="module")
+def promoe_alone(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("alone") / "promoe"
+    train(parse_config(flags(run, *data, **PROMOE), "train.py"), ALONE)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["promoe_recomputing", "promoe_fsdp", "promoe_fsdp_recomputing"])
+def test_prototypes_learn_alike_on_one_process_and_on_two(runs, promoe_alone, name):
+    for one, other in zip(entries(promoe_alone), entries(runs / name), strict=True):
+        for key in ("loss/loss", "loss/contrastive", "loss/balance", "grad_norm"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5), key
+    wanted, found = weights(promoe_alone, "model"), weights(runs / name, "model")
+    for key, tensor in wanted.items():
+        if not key.endswith("k_norm.bias"):  # no score feels it: its gradient is rounding alone
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layer"), [("race", RACE), ("nucleus", NUCLEUS)])
+def test_further_layers_train_alike_on_any_number_of_processes(runs, data, tmp_path, name, layer):
+    """Losses, gradients, loads and what the routers keep."""
+    train(parse_config(flags(tmp_path / name, *data, **layer), "train.py"), ALONE)
+    keys = {
+        "race": ("loss/similarity", "loss/plr", "mean_threshold/moe_layer_0"),
+        "nucleus": ("capacity/moe_layer_1",),
+    }[name]
+    for run in (name, f"{name}_fsdp_recomputing"):
+        for one, other in zip(entries(tmp_path / name), entries(runs / run), strict=True):
+            for key in ("loss/loss", "grad_norm", "max_load/moe_layer_0", *keys):
+                assert other[key] == pytest.approx(one[key], rel=1e-4), key
+    one, other = (weights(runs / run, "model") for run in (name, f"{name}_fsdp_recomputing"))
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        # A bias of the keys changes no attention: Adam makes steps of its gradient's rounding.
+        ways = [
+            t.unflatten(0, (3, -1))[[0, 2]] if "qkv.bias" in key else t
+            for t in (other[key], tensor)
+        ]
+        torch.testing.assert_close(*ways, rtol=1e-3, atol=1e-5, msg=key)
 
 
 @pytest.mark.slow

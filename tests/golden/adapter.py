@@ -11,9 +11,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
+from case import Case
 from ddpm_cases import Losses, Sample, Schedule
 from embed_cases import Embed
-from models_cases import ModelCase
+from models_cases import FAMILIES, ModelCase
+from more_cases import NoiseModelCase, ProMoEFlow
 from transport_cases import RectifiedFlowSample, Samplers, Terms
 
 CASES = {
@@ -24,8 +26,21 @@ CASES = {
     "sit_transport_terms": Terms,
     "sit_transport_samplers": Samplers,
     "embed": Embed,
+    "promoe_flow": ProMoEFlow,
 }
 """Files without a model, by the `case` in their metadata."""
+
+
+NOISE_FAMILIES = ("promoe_tc", "promoe_ec", "ditmoe")
+
+
+def case_of(tensors: dict[str, Tensor], config: dict, metadata: dict[str, str]) -> Case:
+    """The case of a file."""
+    if metadata["case"] in CASES:
+        return CASES[metadata["case"]](tensors, config, metadata)
+    family = FAMILIES[metadata["source"].split(",")[0]]
+    kind = NoiseModelCase if family in NOISE_FAMILIES else ModelCase
+    return kind(tensors, config, metadata)
 
 
 def load_case(path: str | Path) -> tuple[dict[str, Tensor], dict, dict[str, str]]:
@@ -42,6 +57,4 @@ def recorded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def run_case(path: str | Path) -> dict[str, Tensor]:
     """Every result of the file at `path`, computed anew."""
-    tensors, config, metadata = load_case(path)
-    kind = CASES.get(metadata["case"], ModelCase)
-    return kind(tensors, config, metadata).run()
+    return case_of(*load_case(path)).run()

@@ -33,6 +33,9 @@ FAMILIES = {
     "KwaiVGI/DiffMoE:models/models_DiffMoE.py": "diffmoe",
     "yhlleo/EfficientMoE:DSMoE/models/models_DSMoE.py": "dsmoe",
     "yhlleo/EfficientMoE:JiTMoE/model_jit.py": "jit",
+    "ali-vilab/ProMoE:models/models_ProMoE_TC.py": "promoe_tc",
+    "ali-vilab/ProMoE:models/models_ProMoE_EC.py": "promoe_ec",
+    "feizc/DiT-MoE:models.py": "ditmoe",
 }
 
 
@@ -154,7 +157,7 @@ class ModelCase(Case):
             return
         x, t, y = self.inputs("cfg_x", "cfg_t", "cfg_y")
         half = len(x) // 2
-        x, t, cond, null = x[:half], t[:half], y[:half], Condition(y[half:])
+        x, t, cond, null = x[:half], t[:half], y[:half], y[half:]
         scale = self.config["cfg_scale"]
         both: list[ModelOutput] = []
 
@@ -164,12 +167,12 @@ class ModelCase(Case):
             return ModelOutput(self.cut(output.prediction), output.routing)
 
         joint = SamplingConfig(cfg_scale=scale, cfg_channels="first3", cfg_pooling="joint")
-        guided = Guided(cut_model, lambda _: null, joint)(x, t, cond)
+        guided = Guided(cut_model, lambda _: Condition(null), joint)(x, t, cond)
         self.routing("cfg", guided.routing, 2 * half)
         free = self.cut(both[0].prediction)[half:, 3:]  # the other half keeps its own channels
         second = torch.cat([guided.prediction[:, :3], free], dim=1)
         self.put("out.cfg", torch.cat([guided.prediction, second]))
-        two = Guided(model, lambda _: null, SamplingConfig(cfg_scale=scale))(x, t, cond)
+        two = Guided(model, lambda _: Condition(null), SamplingConfig(cfg_scale=scale))(x, t, cond)
         self.put("out.cfg_two_calls", two.prediction[:, : x.shape[1]])
 
     # Training mode

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter import load_case, recorded, run_case
+from adapter import case_of, load_case, recorded, run_case
 from safetensors.torch import load_file
 
 from published.weights import from_official, to_official
@@ -40,10 +40,7 @@ def test_every_recorded_number(path):
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_official_weights_survive_the_round_trip_bitwise(path):
-    from models_cases import ModelCase
-
-    tensors, config, metadata = load_case(path)
-    case = ModelCase(tensors, config, metadata)
+    case = case_of(*load_case(path))
     back = to_official(from_official(case.family, case.ctor, case.state))
     assert back.keys() == case.state.keys()
     for name, tensor in case.state.items():

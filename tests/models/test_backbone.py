@@ -6,14 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from config.schema import FEED_FORWARDS, DenseConfig, DiffMoEConfig, ModelConfig
+from config.layers import DenseConfig, DiffMoEConfig
+from config.load import build_config, parse_config
+from config.model import ModelConfig
+from config.schema import FEED_FORWARDS
+from core.errors import ConfigError
 from core.types import RoutingPlan
 from models.attention import Attention
 from models.build import build_model
+from models.embeddings import timestep_features
 from models.feed_forward import build_mlp
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
-from models.norms import RMSNorm
+from models.norms import RMSNorm, head_norm
 from models.positions import after_context, rotary_1d, rotary_2d, rotate, rotation_of
 
 SHAPE = {
@@ -140,9 +145,10 @@ def test_grouped_queries_are_attention_with_repeated_keys_and_values():
     assert grouped.qkv.weight.numel() == 2 / 3 * plain.qkv.weight.numel()
 
 
-def test_qk_norm_makes_the_scale_of_queries_and_keys_irrelevant():
+@pytest.mark.parametrize("norm", [RMSNorm, head_norm("layernorm", 1e-8)])
+def test_qk_norm_makes_the_scale_of_queries_and_keys_irrelevant(norm):
     torch.manual_seed(0)
-    attention, x = Attention(32, 4, qk_norm=True), torch.randn(2, 10, 32)
+    attention, x = Attention(32, 4, head_norm=norm), torch.randn(2, 10, 32)
     nn.init.zeros_(attention.qkv.bias)
     before = attention(x)
     with torch.no_grad():
@@ -158,6 +164,47 @@ def test_rms_norm_is_its_formula_in_float32():
     found = norm(x)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, wanted.bfloat16())
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+def test_layer_norm_of_heads_has_weights_and_its_own_eps(eps):
+    model = build_model(ModelConfig(**SHAPE, qk_norm="layernorm", qk_norm_eps=eps))
+    norm = model.blocks[0].attn.q_norm
+    assert {name: p.shape for name, p in norm.named_parameters()} == {
+        "weight": (8,),
+        "bias": (8,),
+    }
+    x = torch.randn(3, 8)
+    wanted = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
+    torch.testing.assert_close(norm(x), wanted)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "rmsnorm"), (False, "none")])
+def test_older_configs_say_whether_there_is_a_norm(old, new):
+    assert ModelConfig(qk_norm=old).qk_norm == new
+    flag = parse_config(["--model.qk_norm", str(old).lower()], "train.py")
+    assert flag.model.qk_norm == new
+    assert build_config({"model": {"qk_norm": old}}) == build_config({"model": {"qk_norm": new}})
+
+
+# Time
+
+
+@pytest.mark.parametrize(("scale", "reverse"), [(1.0, False), (1000.0, True), (1.0, True)])
+def test_the_time_is_embedded_as_the_config_says(scale, reverse):
+    changes = {"time_scale": scale, "time_reversed": reverse}
+    model = random_model(**changes, feed_forward=DenseConfig())
+    t = torch.tensor([0.0, 0.25, 1.0])
+    seen = scale * torch.tensor([1.0, 0.75, 0.0] if reverse else [0.0, 0.25, 1.0])
+    wanted = model.time_embed.mlp(timestep_features(seen))
+    assert torch.equal(model.time_embed(t), wanted)
+
+
+@pytest.mark.parametrize("key", ["time_reversed=true", "time_scale=1000"])
+def test_steps_of_ddpm_are_embedded_as_they_are(key):
+    with pytest.raises(ConfigError, match=rf"model\.{key[:10]}.* is for flows"):
+        parse_config([f"--model.{key}", "--objective.name=ddpm"], "train.py")
 
 
 # Feed-forward layers and their pattern

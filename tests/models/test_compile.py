@@ -4,16 +4,20 @@ import pytest
 import torch
 from torch import _dynamo as dynamo
 
-from config.schema import (
+from config.layers import (
     DeepSeekConfig,
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
-    ModelConfig,
     TokenChoiceConfig,
 )
+from config.model import ModelConfig
+from config.promoe import ProMoEConfig
+from config.race import RaceConfig
+from core.types import RouterContext
 from models.build import build_model
 from training.parallel import compile_block
+from training.step import auxiliary_losses
 
 SHARED = {"shared_mlp": "swiglu", "shared_intermediate_size": 16}
 
@@ -26,6 +30,11 @@ VARIANTS = {
     "diffmoe_all_experts": DiffMoEConfig(num_experts=4, capacity=4.0),
     "deepseek": DeepSeekConfig(num_experts=4, num_groups=2, intermediate_size=16, **SHARED),
     "deepseek_k5": DeepSeekConfig(num_experts=8, top_k=5, intermediate_size=16),
+    "promoe": ProMoEConfig(num_experts=4, balance_loss_weight=0.1, **SHARED),
+    "promoe_k2": ProMoEConfig(num_experts=4, top_k=2, router_input="decoupled"),
+    "promoe_expert": ProMoEConfig(num_experts=3, choice="expert", top_k=2, score="softmax"),
+    "race": RaceConfig(num_experts=8, top_k=4, hidden_split=4),
+    "race_of_samples": RaceConfig(num_experts=4, pool="sample", gate="softmax", **SHARED),
 }
 
 SHAPE = {"input_size": 4, "patch_size": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
@@ -54,7 +63,7 @@ def precision(variant):
     old = torch.__version__ < "2.12"
     return (
         torch.bfloat16
-        if old and variant.startswith(("token_choice", "deepseek"))
+        if old and variant.startswith(("token_choice", "deepseek", "promoe", "race"))
         else torch.float32
     )
 
@@ -64,9 +73,10 @@ def precision(variant):
 def test_a_training_block_has_no_graph_break(variant, mlp):
     block = model(variant, mlp).blocks[1].train()
     x, c = torch.randn(3, 16, 16), torch.randn(3, 16)
+    context = RouterContext(unconditional=torch.tensor([False, True, False]), time_embedding=c)
     dtype = precision(variant)
     with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-        found = dynamo.explain(block)(x, c)
+        found = dynamo.explain(block)(x, c, None, context)
     assert found.graph_break_count == 0, found.break_reasons
     assert found.graph_count == 1
 
@@ -132,7 +142,7 @@ def test_compiled_training_has_the_same_gradients(variant):
     for call in (made, torch.compile(made, backend="aot_eager", fullgraph=True)):
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
             output = call(x, t, y)
-        auxiliary = sum(sum(record.losses.values()) for record in output.routing)
+        auxiliary = sum(auxiliary_losses(output.routing, made.patchify(x)).values())
         loss = output.prediction.float().square().mean() + auxiliary
         made.zero_grad()
         loss.backward()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_moe_layers import D, S, compare, make, without_float32
 
-from config.schema import DeepSeekConfig
+from config.layers import DeepSeekConfig
 from core.distributed import Processes
 from core.types import RouterContext, RoutingRecord
 from models.moe.deepseek import DeepSeekRouter

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from config.schema import FEED_FORWARDS, DenseConfig, ModelConfig
+from config.layers import DenseConfig
+from config.model import ModelConfig
+from config.schema import FEED_FORWARDS
 from models.build import build_model
 from models.embeddings import timestep_features
 from models.moe.layer import MoEFeedForward

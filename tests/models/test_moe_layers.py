@@ -4,7 +4,9 @@ import moe_reference as reference
 import pytest
 import torch
 
-from config.schema import DiffMoEConfig, ExpertChoiceConfig, ModelConfig, TokenChoiceConfig
+from config.layers import DiffMoEConfig, ExpertChoiceConfig, TokenChoiceConfig
+from config.model import ModelConfig
+from config.race import RaceConfig
 from core.types import RouterContext, RoutingPlan
 from models.build import FEED_FORWARDS
 from models.moe.dispatch import chunks, combine
@@ -251,7 +253,13 @@ def test_chunks_are_consecutive_and_within_the_budget():
 
 
 @pytest.mark.parametrize(
-    "layer", [TokenChoiceConfig(num_experts=E, top_k=2), DiffMoEConfig(num_experts=E)]
+    "layer",
+    [
+        TokenChoiceConfig(num_experts=E, top_k=2),
+        DiffMoEConfig(num_experts=E),
+        RaceConfig(num_experts=E, gate="softmax", plr_loss_weight=0.0),
+    ],
+    ids=lambda c: c.name,
 )
 def test_backends_of_whole_layers_agree(layer):
     module, x = make(layer)

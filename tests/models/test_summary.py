@@ -1,21 +1,25 @@
 """Parameter counts against those of the published classes, and against the paper's tables."""
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from config.load import load_config, parse_config
-from config.schema import (
+from config.layers import (
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
-    ModelConfig,
     TokenChoiceConfig,
 )
+from config.load import load_config, parse_config
+from config.model import ModelConfig
+from config.race import RaceConfig
 from config.sizes import SIZES
+from models.flops import forward_flops
 from models.summary import summarize
 
 ROOT = Path(__file__).parents[2]
@@ -147,3 +151,63 @@ def test_dsmoe_under_ddpm_is_the_same_model(size):
     )
     assert flow.model == ddpm.model
     assert (flow.objective.name, ddpm.objective.name) == ("flow", "ddpm")
+
+
+RACE = {
+    "B": (0.531, 0.135, 0.127),
+    "M": (1.106, 0.281, 0.265),
+    "L": (1.889, 0.479, 0.453),
+    "XL": (2.788, 0.707, 0.669),
+}
+"""Billions of RaceDiT 4-in-32, total and activated, and of its dense counterpart."""
+
+
+@pytest.mark.parametrize("size", RACE)
+def test_sizes_of_expert_race(size):
+    """The printed counts are those of the blocks' matrices, the router's first layer among them."""
+    found = summarize(load_config(ROOT / "config" / "race" / f"{size}_4in32_flow.yaml").model)
+    D, depth = SIZES[size]["hidden_size"], SIZES[size]["depth"]
+    beside = found.roles["attention"] + found.roles["adaLN"] - depth * 10 * D  # no biases
+    experts = found.roles["routed experts"] - depth * 32 * 2 * D  # nor theirs: 4 D / 4 + D
+    printed = [
+        (beside + experts + depth * D * D) / 1e9,
+        (beside + experts * 4 / 32 + depth * D * D) / 1e9,
+        (beside + depth * 8 * D * D) / 1e9,
+    ]
+    assert printed == pytest.approx(RACE[size], rel=5e-3)
+    assert printed[0] == pytest.approx(RACE[size][0], rel=1e-3)
+    outputs = 32 + 16
+    assert found.roles["router"] == depth * (D * D + D + outputs * D + outputs)
+    assert found.activated(4.0) == found.total - found.routed_experts * 28 / 32
+
+
+@pytest.mark.parametrize(
+    ("choice", "billions"), [("1in4", 0.297), ("1in8", 0.524), ("1in16", 0.978)]
+)
+def test_table_5_of_expert_race(choice, billions):
+    top_k, experts = map(int, choice.split("in"))
+    layer = RaceConfig(num_experts=experts, top_k=top_k)
+    found = summarize(ModelConfig(**SIZES["B"], moe_every=1, feed_forward=layer)).roles
+    D = SIZES["B"]["hidden_size"]
+    biases = 12 * (10 * D + experts * 5 * D)
+    total = found["attention"] + found["adaLN"] + found["routed experts"] - biases
+    assert total / 1e9 == pytest.approx(billions, rel=1.5e-3)
+
+
+@pytest.mark.parametrize("choice", ["2in8", "4in32"])
+@pytest.mark.parametrize("size", RACE)
+def test_a_race_is_a_dense_model_at_equal_compute_but_for_its_router(size, choice):
+    config = load_config(ROOT / "config" / "race" / f"{size}_{choice}_flow.yaml").model
+    dense = dataclasses.replace(config, feed_forward=DenseConfig())
+    router = (
+        2
+        * 256
+        * sum(
+            math.prod(shape) * config.depth
+            for shape in (
+                (config.hidden_size, config.hidden_size),
+                (config.hidden_size, config.feed_forward.num_experts + 16),
+            )
+        )
+    )
+    assert forward_flops(config) - forward_flops(dense) == pytest.approx(router, rel=1e-6)

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 
+from config.layers import DiffMoEConfig, ExpertChoiceConfig
 from config.load import parse_config
-from config.schema import Config, DiffMoEConfig, ExpertChoiceConfig, ModelConfig
+from config.model import ModelConfig
+from config.schema import Config
 from core.distributed import Processes
 from core.errors import ConfigError
 from models.build import FEED_FORWARDS, build_model

@@ -13,14 +13,14 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from config.load import load_config, to_plain
-from config.schema import (
+from config.layers import (
     DeepSeekConfig,
     DenseConfig,
     DiffMoEConfig,
     ExpertChoiceConfig,
-    ModelConfig,
 )
+from config.load import load_config, to_plain
+from config.model import ModelConfig
 from core.errors import UserError
 from models.build import build_model
 from models.pretrained import load_pretrained
@@ -241,7 +241,7 @@ SIZE = {"input_size": 4, "hidden_size": 16, "depth": 2, "num_heads": 2}
     ("changes", "wanted"),
     [
         ({"rope": "2d"}, r"model\.rope: '2d' has no counterpart in the code of DiT and DiffMoE"),
-        ({"qk_norm": True}, r"model\.qk_norm: True has no counterpart"),
+        ({"qk_norm": True}, r"model\.qk_norm: 'rmsnorm' has no counterpart"),
         ({"mlp": "silu"}, r"model\.mlp: 'silu' has no counterpart .*: 'gelu' or 'swiglu'"),
         ({"moe_every": 3, "depth": 3}, r"model\.moe_every: 3 has no counterpart .*: 1 or 2"),
         (

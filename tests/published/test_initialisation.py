@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.schema import FEED_FORWARDS, ModelConfig
+from config.model import ModelConfig
+from config.schema import FEED_FORWARDS
 from models.build import build_model
 from published.configs import official_config
 from published.weights import to_official
@@ -58,19 +59,23 @@ def router_weight(name: str, hidden_size: int, **options) -> torch.Tensor:
     shape = {"hidden_size": hidden_size, "depth": 2, "num_heads": 4, "input_size": 16}
     model = build_model(ModelConfig(**shape, feed_forward=layer))
     router = model.blocks[1].feed_forward.router
-    return (router.weight if name == "deepseek" else router.affinity.weight).detach()
+    for part in ("weight", "prototypes"):
+        if hasattr(router, part):
+            return getattr(router, part).detach()
+    return router.affinity.weight.detach()
 
 
 @pytest.mark.parametrize("width", [64, 768])
 def test_routers_at_other_widths(width):
     for name in ("diffmoe", "expert_choice"):
         assert router_weight(name, width).std() == pytest.approx(0.006, rel=0.06)
+    assert router_weight("promoe", width).std() == pytest.approx(0.02, rel=0.06)
     bound = width**-0.5
     assert 0.98 * bound < router_weight("token_choice", width).abs().max() <= bound
     assert router_weight("deepseek", width).std() == pytest.approx((2 / width) ** 0.5, rel=0.06)
 
 
-@pytest.mark.parametrize("name", ["token_choice", "expert_choice", "diffmoe", "deepseek"])
+@pytest.mark.parametrize("name", ["token_choice", "expert_choice", "diffmoe", "deepseek", "promoe"])
 def test_the_former_start_of_routers_is_an_option(name):
     bound = (6 / (768 + 32)) ** 0.5
     weight = router_weight(name, 768, router_init="xavier")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from config.layers import DiffMoEConfig
+from config.model import ModelConfig
 from config.objective import SamplingConfig
-from config.schema import DiffMoEConfig, ModelConfig
 from core.conditions import Condition
 from core.distributed import Processes
 from core.types import ModelOutput, RoutingRecord

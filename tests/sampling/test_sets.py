@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from config.layers import DenseConfig
 from config.objective import SAMPLERS, DDPMConfig, SamplingConfig
-from config.schema import Config, DenseConfig
+from config.schema import Config
 from core.errors import ConfigError, UserError
 from core.limits import check_disk, check_memory, check_new_folder, check_out_file, check_out_folder
 from core.npz import NpzWriter

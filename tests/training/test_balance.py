@@ -6,7 +6,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from config.schema import Config, DeepSeekConfig, ModelConfig, OptimConfig, TrainConfig
+from config.layers import DeepSeekConfig
+from config.model import ModelConfig
+from config.schema import Config, OptimConfig, TrainConfig
 from core.distributed import Processes
 from models.build import build_model
 from training.optim import build_optimizer

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from config.layers import DiffMoEConfig, TokenChoiceConfig
 from config.load import parse_config
-from config.schema import DiffMoEConfig, ModelConfig, TokenChoiceConfig
+from config.model import ModelConfig
 from core.distributed import Processes
 from core.files import file_hash
 from core.types import ModelOutput, RoutingRecord

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from config.layers import DiffMoEConfig
 from config.load import parse_config
-from config.schema import Config, DiffMoEConfig, ModelConfig, OptimConfig, TrainConfig
+from config.model import ModelConfig
+from config.schema import Config, OptimConfig, TrainConfig
 from core.distributed import Processes
 from core.errors import UserError
 from models.build import build_model

@@ -194,6 +194,34 @@ def test_logit_normal_times():
     assert 0.9 < ends[1] <= 1
 
 
+def test_times_by_mode_are_those_of_stable_diffusion_3():
+    """Its Eq. 20 counts the noise's share; 1 - f(u) is f(1 - u)."""
+    u = torch.linspace(0, 1, 101, dtype=torch.float64)
+    noise = 1 - u - 1.29 * ((torch.pi / 2 * u).cos().square() - 1 + u)
+    found = Flow(FlowConfig(time_distribution="mode")).time_of(u)
+    torch.testing.assert_close(found, 1 - noise)
+    torch.testing.assert_close(found.flip(0), noise)
+    plain = Flow(FlowConfig(time_distribution="mode", time_mode_scale=0.0)).time_of(u)
+    torch.testing.assert_close(plain, u)
+
+
+def test_shifted_times_are_nearer_the_noise():
+    u = torch.linspace(0, 1, 11, dtype=torch.float64)
+    noise = 3 * (1 - u) / (1 + 2 * (1 - u))
+    torch.testing.assert_close(Flow(FlowConfig(time_shift=3.0)).time_of(u), 1 - noise)
+    seen = []
+
+    def model(z, t, cond):
+        seen.append(t[0].item())
+        return ModelOutput(torch.ones_like(z))
+
+    settings = SamplingConfig(sampler="euler", num_steps=10, time_shift=3.0)
+    z = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    found = Flow().sample(model, z, None, settings, None)
+    torch.testing.assert_close(torch.tensor(seen, dtype=torch.float64), 1 - noise[:-1])
+    torch.testing.assert_close(found, torch.ones_like(z))  # all of the way
+
+
 def test_v_loss_of_a_predicted_x_is_the_error_of_the_clamped_velocity():
     x, noise = draws()
     times = torch.tensor([0.0, 0.5, 0.9, 0.96, 0.99, 1.0, 0.2], dtype=torch.float64)
