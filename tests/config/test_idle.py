@@ -2,8 +2,8 @@
 
 import pytest
 
-from config.needs import NEEDS
 from config.load import dump_config, load_config, parse_config
+from config.needs import NEEDS
 from config.typed import all_paths
 from core.errors import ConfigError
 
