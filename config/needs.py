@@ -103,7 +103,10 @@ NEEDS = (
     ),
     Need("train", "keep_every", lambda c: c.train.keep_last > 0, "train.keep_last above 0"),
     Need(
-        "parallel", "shard_size", lambda c: c.parallel.strategy == "fsdp", "parallel.strategy fsdp"
+        "parallel",
+        "shard_size",
+        lambda c: c.parallel.strategy != "ddp",
+        "parallel.strategy fsdp or zero1",
     ),
     Need(
         "evaluation",

@@ -189,13 +189,14 @@ class ParallelConfig:
     """How several processes share the work.
 
     Attributes:
-        strategy: `ddp` keeps the whole model on every process; `fsdp` shards weights, averages
-            and optimizer state over them.
+        strategy: `ddp` keeps everything on every process; `fsdp` shards weights, gradients,
+            averages and optimizer state over them; `zero1` shards averages and optimizer state,
+            and gathers the weights once for each step.
         shard_size: processes that hold one copy of a sharded model between them, such as the
             GPUs of a node (hybrid sharding); by default all.
     """
 
-    strategy: Literal["ddp", "fsdp"] = "ddp"
+    strategy: Literal["ddp", "fsdp", "zero1"] = "ddp"
     shard_size: int | None = None
 
 

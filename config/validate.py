@@ -171,7 +171,7 @@ def check_memory(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: naming what makes the model so large.
     """
-    shares = world_size if config.parallel.strategy == "fsdp" else 1
+    shares = 1 if config.parallel.strategy == "ddp" else world_size
     least = 4 * least_parameters(config.model) / shares  # float32
     memory = host_memory()
     require(

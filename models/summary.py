@@ -1,5 +1,5 @@
 """python -m models.summary --config diffmoe/L_E16_flow [--json]
-python -m models.summary --compare dit/L_flow diffmoe/L_E16_flow ...
+python -m models.summary --compare dit/L_flow diffmoe/L_E16_flow ... [--processes 8]
 
 Parameters of a model by what they are for, and how many of them work on average for a token; or
 several configs side by side. Nothing is allocated: models are built on the meta device.
@@ -16,10 +16,11 @@ from config.layers import MoEConfig
 from config.load import parse_config
 from config.model import ModelConfig
 from config.schema import Config
-from core.command_line import Parser
+from core.command_line import Parser, positive
 from core.errors import command
 from models.build import build_model
 from models.flops import forward_flops
+from models.memory import state_per_process
 
 BY_NAME = {
     **dict.fromkeys(("dense FFN", "routed experts", "shared experts", "time embedding"), "FFN"),
@@ -37,9 +38,6 @@ BY_TABLE = {
     "adaLN": "adaLN",
 }
 """Groups of the paper's Table 9: FFN has router and predictor, adaLN the blocks' alone."""
-
-USAGE = "(--config NAME | --compare NAME ...) [--json] [--KEY VALUE ...]"
-KEYS = "Every key of a config is a flag, as in train.py --help: --model.depth 12"
 
 CAPACITIES = (0.95, 1.0)
 BYTES_PER_PARAMETER = 16
@@ -173,11 +171,11 @@ def _text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def comparison(name: str, config: Config) -> dict[str, object]:
+def comparison(name: str, config: Config, processes: int | None = None) -> dict[str, object]:
     """One row of --compare: what a config costs, by arithmetic.
 
-    Memory is that of weights, gradients, moments and averages on each process under DDP.
-    Activations come on top, and depend on the micro-batch.
+    Memory is that of weights, gradients, moments and averages on each process under DDP, with
+    `processes` under every strategy. Activations come on top, and depend on the micro-batch.
     """
     summary = summarize(config.model)
     averages = 1 + len(config.optim.extra_ema_decays)
@@ -190,6 +188,9 @@ def comparison(name: str, config: Config) -> dict[str, object]:
         "training state (GB)": round(size / 1e9, 1),
         "batch": config.train.global_batch_size,
         "steps (K)": round(config.train.max_steps / 1e3),
+    } | {
+        f"{strategy} (GB)": round(size / 1e9, 1)
+        for strategy, size in (state_per_process(config, processes) if processes else {}).items()
     }
 
 
@@ -203,14 +204,23 @@ def _parse() -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         "models.summary",
         __doc__,
-        usage="%(prog)s (--config NAME | --compare NAME ...) [--json] [--KEY VALUE ...]",
+        usage="%(prog)s (--config NAME | --compare NAME ...) [--processes N] [--json] "
+        "[--KEY VALUE ...]",
         epilog="Every key of a config is a flag, as in train.py --help: --model.depth 12",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", help="YAML file, or a name such as diffmoe/L_E16_flow")
     which.add_argument("--compare", nargs="+", help="several of them, as one Markdown table")
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        help="with --compare: training state on each of so many, under every parallel.strategy",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser.parse_known_args()
+    flags, keys = parser.parse_known_args()
+    if flags.processes and not flags.compare:
+        parser.error("--processes: belongs to --compare")
+    return flags, keys
 
 
 @command
@@ -219,10 +229,12 @@ def main() -> None:
     flags, keys = _parse()
 
     def config_of(name: str) -> Config:
-        return parse_config(["--config", name, *keys], "models.summary", world_size=None)
+        return parse_config(["--config", name, *keys], "models.summary", flags.processes)
 
     if flags.compare:
-        found: object = [comparison(name, config_of(name)) for name in flags.compare]
+        found: object = [
+            comparison(name, config_of(name), flags.processes) for name in flags.compare
+        ]
     else:
         found = _report(summarize(config_of(flags.config).model))
     if flags.json:

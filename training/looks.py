@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from config.schema import Config
 from core.distributed import Processes
@@ -17,7 +16,7 @@ from models.dit import DiT
 from sampling.generate import Sampler
 from sampling.grid import image_grid, save_png
 from training.interruption import StopRequest
-from training.parallel import is_sharded
+from training.parallel import give_up, is_sharded
 from training.scores import SampleScores, wanted_of
 from training.telemetry import Telemetry
 from training.validation import Validation
@@ -94,8 +93,7 @@ class Looks:
                 try:
                     look(step, model, telemetry, stop)
                 finally:
-                    if isinstance(model, FSDPModule):  # a root stays whole after a forward pass
-                        model.reshard()
+                    give_up(model)
 
     def _validate(self, step: int, model: DiT, telemetry: Telemetry, stop: StopRequest) -> None:
         losses = self.validation.losses(model, self.sharded, stop)

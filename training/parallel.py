@@ -50,7 +50,7 @@ def shared_evenly(config: Config, processes: Processes) -> Config:
 
 def is_sharded(config: Config, processes: Processes) -> bool:
     """Whether the weights lie in parts on several processes."""
-    return config.parallel.strategy == "fsdp" and processes.world_size > 1
+    return config.parallel.strategy != "ddp" and processes.world_size > 1
 
 
 def build_sharded(config: Config, processes: Processes, whole: dict[str, Tensor]) -> DiT:
@@ -72,7 +72,11 @@ def build_sharded(config: Config, processes: Processes, whole: dict[str, Tensor]
 
 
 def shard(model: DiT, config: Config, processes: Processes) -> None:
-    """Spread the parameters over the processes in place, block by block (FSDP2)."""
+    """Spread the parameters over the processes in place, block by block (FSDP2).
+
+    With `zero1` a gathered block stays so to the end of the step (ZeRO, stage 1, by which
+    optimizer and averages alone are shared out): see `last_micro_batch`.
+    """
     _register_outputs()
     # A prediction may be a view of a fresh tensor; nothing here changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -83,9 +87,12 @@ def shard(model: DiT, config: Config, processes: Processes) -> None:
     else:
         shape = (processes.world_size // size, size)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, shard_placement_fn=_placement(mesh))
-    fully_shard(model, mesh=mesh, shard_placement_fn=_placement(mesh))
+    # A root is needed again at once, in the backward pass, which None knows.
+    freed = False if config.parallel.strategy == "zero1" else None
+    for part in (*model.blocks, model):
+        fully_shard(
+            part, mesh=mesh, shard_placement_fn=_placement(mesh), reshard_after_forward=freed
+        )
 
 
 def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:
@@ -145,16 +152,27 @@ def compile_block(block: nn.Module, dynamic: bool | None = False, **options) -> 
 
 
 @contextmanager
-def last_micro_batch(model: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients are reduced over the processes in the last micro-batch of a step only."""
+def last_micro_batch(model: nn.Module, last: bool, strategy: str) -> Iterator[None]:
+    """Gradients are reduced over the processes in the last micro-batch of a step only.
+
+    With `zero1`, weights are given up only then, so that a step gathers them once.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or strategy != "zero1")
         yield
     elif isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield
     else:
         yield
+
+
+def give_up(model: nn.Module) -> None:
+    """Free the weights that a forward pass gathered where no backward pass does."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -75,6 +75,7 @@ class TrainStep:
         self.clock = Clock(processes.device)
         self.accumulation = accumulation_steps(config, processes.world_size)
         self.max_norm = config.optim.grad_clip
+        self.strategy = config.parallel.strategy
         self.bf16 = config.train.precision == "bf16"
 
     def __call__(self, batches: Iterator[Batch], step: int) -> StepResult:
@@ -87,7 +88,7 @@ class TrainStep:
             began = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - began
-            with last_micro_batch(self.model, slot == self.accumulation - 1):
+            with last_micro_batch(self.model, slot == self.accumulation - 1, self.strategy):
                 losses, routing, level = self._micro_batch(batch, step, slot)
             for name, part in losses.items():
                 sums[name] = sums.get(name, 0) + part.detach() / self.accumulation

@@ -104,11 +104,20 @@ def main(out: Path, *data: str) -> None:
         run("ddp")
         grids = {"train__sample_every": 6, "train__num_grid_samples": 3, "sampling__num_steps": 2}
         run("fsdp", **fsdp, train__val_every=6, **grids)
-        run("ddp_logging", train__val_every=6)
+        run("ddp_logging", train__val_every=3)
         run("hybrid", **fsdp, parallel__shard_size=1)
+        zero1 = {"parallel__strategy": "zero1"}
+        run("zero1", **zero1, train__val_every=3, **grids)
+        run("zero1_recomputing", **zero1, **again)
         run("ddp_recomputing", **again)
         run("fsdp_recomputing", **fsdp, **again)
-        for steps, strategy in ((2, "ddp"), (4, "fsdp"), (STEPS, "ddp")):
+        for steps, strategy in (
+            (2, "ddp"),
+            (3, "zero1"),
+            (4, "fsdp"),
+            (5, "zero1"),
+            (STEPS, "ddp"),
+        ):
             run("changing", parallel__strategy=strategy, train__max_steps=steps)
         run("bf16", train__precision="bf16")
         run("jitmoe", **JITMOE)

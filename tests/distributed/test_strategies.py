@@ -41,6 +41,7 @@ def weights(run, name="ema"):
 
 
 NAMES = ["fsdp", "ddp_logging", "hybrid", "ddp_recomputing", "fsdp_recomputing", "changing"]
+NAMES += ["zero1", "zero1_recomputing"]
 
 
 @pytest.mark.slow
@@ -157,15 +158,21 @@ def test_shards_go_on_with_another_number_of_processes(runs, data, tmp_path):
 
 @pytest.mark.slow
 def test_validation_and_grids_of_a_sharded_model(runs):
+    """The second validation too, whose averages are others."""
     found = {}
-    for name in ("fsdp", "ddp_logging"):
+    for name in ("fsdp", "zero1", "ddp_logging"):
         lines = (runs / name / "metrics.jsonl").read_text().splitlines()
-        found[name] = next(entry for entry in map(json.loads, lines) if "val/loss" in entry)
-    assert found["fsdp"].keys() == found["ddp_logging"].keys()
-    assert len(found["fsdp"]) > 5
-    for key, value in found["fsdp"].items():
-        assert value == pytest.approx(found["ddp_logging"][key], rel=1e-4), key
-    assert (runs / "fsdp" / "samples" / "step_0000006.png").is_file()
+        entries = map(json.loads, lines)
+        found[name] = {entry["step"]: entry for entry in entries if "val/loss" in entry}
+    wanted = found.pop("ddp_logging")
+    assert wanted.keys() == found["zero1"].keys() == {3, 6}
+    for name, validations in found.items():
+        for step, entry in validations.items():
+            assert entry.keys() == wanted[step].keys()
+            assert len(entry) > 5
+            for key, value in entry.items():
+                assert value == pytest.approx(wanted[step][key], rel=1e-4), key
+        assert (runs / name / "samples" / "step_0000006.png").is_file()
 
 
 @pytest.mark.slow
