@@ -21,6 +21,10 @@ class DenseConfig:
         """Whether what a sample gets depends on the others of its micro-batch."""
         return False
 
+    def sampling_sees_batch(self) -> bool:
+        """The same of evaluation."""
+        return False
+
     def capacity_at(self, step: int) -> float | None:
         """C that a schedule asks for at optimizer step `step` (from 0); None without a schedule."""
         return None
@@ -82,6 +86,10 @@ class MoEConfig:
         If so, the micro-batch is a part of the experiment, and never changed silently.
         """
         return False
+
+    def sampling_sees_batch(self) -> bool:
+        """The same of evaluation, where thresholds may have taken the place of the pool."""
+        return self.pools_batch()
 
     def capacity_at(self, step: int) -> float | None:
         """C that a schedule asks for at optimizer step `step` (from 0); None without a schedule."""

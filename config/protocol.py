@@ -22,7 +22,9 @@ class Protocol:
         per_proc_batch_size: images in a block; routing over the batch depends on it.
         labels: `random` classes, or `balanced` ones in shuffled order.
         pixels: rule from [-1, 1] to uint8, see `data.vae.to_uint8`.
-        tf32: TF32 matrix products on GPUs.
+        precision: of the model's matrix products: `fp32`, on GPUs `tf32` (on CPUs the same), or
+            `bf16` by autocast. Routers, the condition, the sampler's sums and the decoder stay
+            float32, the decoder in TF32 unless it is fp32.
         sampling: sampler, steps, guidance.
     """
 
@@ -32,7 +34,7 @@ class Protocol:
     per_proc_batch_size: int = 32
     labels: Literal["random", "balanced"] = "random"
     pixels: Literal["adm", "dit", "jit"] = "dit"
-    tf32: bool = True
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
 

@@ -51,3 +51,7 @@ class RaceConfig(MoEConfig):
     def pools_batch(self) -> bool:
         """Where pairs of several samples compete in training."""
         return self.pool in ("batch", "position", "expert_batch")
+
+    def sampling_sees_batch(self) -> bool:
+        """Not by thresholds."""
+        return self.inference == "topk" and self.pools_batch()

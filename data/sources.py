@@ -40,7 +40,8 @@ def training_data(config: Config, processes: Processes) -> TrainingData:
             for path in as_list(data.cached_path)
         ]
     else:
-        parts = [LatentCache(Path(path)) for path in as_list(data.cached_path)]
+        scattered = data.order == "random"
+        parts = [LatentCache(Path(path), scattered) for path in as_list(data.cached_path)]
     source = parts[0] if len(parts) == 1 else JoinedCaches(parts)
     check_fits(source, data, config.model)
     if data.horizontal_flip and source.views == 1:

@@ -21,6 +21,11 @@ KNOWN_NAMES = {"mse": "stabilityai/sd-vae-ft-mse", "ema": "stabilityai/sd-vae-ft
 """Short names of the two VAEs that DiT and its successors use."""
 
 
+DECODED = 2**21
+"""Pixels that are decoded at once: 32 images of 256 x 256. The decoder's widest features take some
+hundred times their memory, far more than the model that made the latents."""
+
+
 class VAE:
     """A frozen VAE in float32, in evaluation mode.
 
@@ -72,10 +77,15 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w) as the model sees them."""
+        """Images (B, 3, H, W) in [-1, 1] of latents (B, C, h, w) as the model sees them.
+
+        A few at a time, so that memory does not grow with B but by the images themselves.
+        """
         latents = latents.to(self.device, torch.float32)
         unscaled = latents / self.scaling_factor + self.shift_factor
-        return self.model.decode(unscaled).sample.clamp(-1.0, 1.0)
+        pixels = unscaled.shape[-2:].numel() * self.factor**2
+        parts = unscaled.split(max(1, DECODED // pixels))
+        return torch.cat([self.model.decode(part).sample.clamp(-1.0, 1.0) for part in parts])
 
 
 class PixelSpace:

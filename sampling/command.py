@@ -69,7 +69,7 @@ def sample_set(
         UserError: the set is another one's, in use, or does not fit checkpoint and VAE.
     """
     quiet_other_processes(processes)
-    set_tf32(request.protocol.tf32)
+    set_tf32(request.protocol.precision != "fp32")
     vae = open_vae(request.protocol.vae, processes.device)
     _check_vae(vae, request.checkpoint)
     settings = request.settings(vae)
@@ -131,6 +131,9 @@ def _make(
     (pretrained, measure, encoder), protocol = making, request.protocol
     sampler = Sampler.of(pretrained, protocol.sampling, request.flags.global_seed, processes.device)
     sampler.record = request.flags.capacity
+    sampler.bf16 = protocol.precision == "bf16"
+    if request.flags.compile:
+        sampler.compile()
     if request.prompts is not None and request.prompts.negative is not None:
         rows = encoder.encode([request.prompts.negative])
         sampler.negative = Condition.of_rows(rows, encoder.max_length)

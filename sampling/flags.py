@@ -54,11 +54,16 @@ def sampling_parser(program: str = "sample_ddp.py", doc: str = ABOUT) -> NotingP
         help="folder of the sets, each in <run>/<set> there; default samples",
     )
     add("--overwrite", action="store_true", help="replace a finished set, or one of other settings")
-    add(
-        "--tf32",
-        action=argparse.BooleanOptionalAction,
-        help="TF32 matrix products on GPUs, as published samplers have them; default yes",
+    precision = parser.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--precision",
+        choices=["fp32", "tf32", "bf16"],
+        help="of matrix products; default tf32 on GPUs, as published samplers have it",
     )
+    for name, value in (("--tf32", "tf32"), ("--no-tf32", "fp32")):
+        word = f"--precision {value}, as published samplers spell it"
+        precision.add_argument(name, dest="precision", action="store_const", const=value, help=word)
+    add("--compile", action="store_true", help="compile the model's blocks: pays in large sets")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: GPUs if any")
     add(
         "--save",

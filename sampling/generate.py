@@ -21,10 +21,11 @@ from core.logging import progress
 from core.npz import NpzWriter
 from core.rng import SampleNoise, generator
 from core.types import Objective
+from models.compiled import compile_blocks
 from models.dit import DiT
 from models.pretrained import Pretrained
 from sampling.grid import save_png
-from sampling.guidance import CapacityMeter, Guided
+from sampling.guidance import CapacityMeter, Guided, InBfloat16
 from sampling.marks import mark
 from sampling.objectives import build_objective
 from sampling.recorder import RoutingRecorder, RoutingTable
@@ -47,6 +48,7 @@ class Sampler:
         device: where the model is.
         record: keep where the computation goes.
         negative: text of a negative prompt, one row, in the place of the empty caption.
+        bf16: matrix products of the model in bf16.
     """
 
     model: DiT
@@ -57,6 +59,7 @@ class Sampler:
     device: torch.device
     record: bool = False
     negative: Condition | None = None
+    bf16: bool = False
 
     @classmethod
     def of(
@@ -90,12 +93,20 @@ class Sampler:
         keys = [(key,) if isinstance(key, int) else key for key in keys]
         generators = [generator(self.seed, "sample noise", *key) for key in keys]
         draw = SampleNoise(generators, self.latent_shape, self.device)
-        model = RoutingRecorder(self.model, len(keys)) if self.record else self.model
+        model = InBfloat16(self.model, self.device) if self.bf16 else self.model
+        model = RoutingRecorder(model, len(keys)) if self.record else model
         meter = CapacityMeter(model, len(keys))
-        guided = Guided(meter, self._free, self.settings)
+        alone = not self.model.config.feed_forward.sampling_sees_batch()
+        guided = Guided(meter, self._free, self.settings, one_call=alone)
         cond = cond.to(self.device)
         latents = self.objective.sample(guided, draw(), cond, self.settings, draw)
         return latents, meter
+
+    def compile(self, **options: object) -> None:
+        """Compile the model's blocks, with `options` of `torch.compile`."""
+        layer = self.model.config.feed_forward
+        varying = getattr(layer, "inference", "topk") != "topk"
+        compile_blocks(self.model, varying, **options)
 
     def _free(self, cond: Condition) -> Condition:
         """The side that guidance leads away from."""

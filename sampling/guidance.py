@@ -10,6 +10,23 @@ from core.conditions import Condition
 from core.types import Model, ModelOutput
 
 
+class InBfloat16:
+    """A model whose matrix products are in bf16, by autocast; what it predicts stays float32.
+
+    Args:
+        model: what is called.
+        device: where it is.
+    """
+
+    def __init__(self, model: Model, device: torch.device):
+        self.model, self.device = model, device
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> ModelOutput:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            output = self.model(x, t, cond)
+        return ModelOutput(output.prediction.float(), output.routing)
+
+
 class Guided:
     """Classifier-free guidance (Ho & Salimans 2022): u + cfg_scale (c - u).
 
@@ -22,6 +39,7 @@ class Guided:
         model: what is called.
         null_condition: gives the unconditional side of a condition.
         settings: `cfg_scale`, `cfg_interval`, `cfg_channels`, `cfg_pooling`.
+        one_call: no sample sees the others of its batch, so that both halves may share a call.
     """
 
     def __init__(
@@ -29,8 +47,10 @@ class Guided:
         model: Model,
         null_condition: Callable[[Condition], Condition],
         settings: SamplingConfig,
+        one_call: bool = False,
     ):
         self.model = model
+        self.one_call = one_call or settings.cfg_pooling == "joint"
         self.null_condition = null_condition
         self.settings = settings
 
@@ -38,7 +58,7 @@ class Guided:
         cond = Condition.of(cond)
         if self.settings.cfg_scale == 1 or not self._inside(t):
             return self.model(x, t, cond)
-        if self.settings.cfg_pooling == "joint":
+        if self.one_call:
             both = cond.cat(self.null_condition(cond))
             both = self.model(torch.cat([x, x]), torch.cat([t, t]), both)
             (c, u), routing = both.prediction.chunk(2), both.routing

@@ -394,6 +394,7 @@ def test_help_of_the_commands(script):
         "train.py": "--config --optim.lr --resume --model.feed_forward.num_experts",
         "sample_ddp.py": "--ckpt --image-size --num-classes --cfg-scale --num-sampling-steps "
         "--global-seed --per-proc-batch-size --num-fid-samples --sample-dir --vae --tf32 "
+        "--precision --compile "
         "--sampler --sampling-method --atol --rtol --metrics --save --classes --num-per-class",
         "main_cache.py": "--img-size --vae-path --data-path --cached-path --batch-size",
     }

@@ -21,6 +21,7 @@ from core.distributed import Processes
 from core.logging import get_logger
 from core.types import ModelOutput, RoutingPlan, RoutingRecord
 from models.build import build_model
+from models.compiled import compile_blocks
 from models.dit import DiT
 
 log: logging.Logger = get_logger("train")
@@ -125,9 +126,7 @@ def prepare(model: DiT, config: Config, processes: Processes) -> nn.Module:
         model.enable_gradient_checkpointing()
     if config.train.compile:
         # The steps of a capacity schedule differ in their number of pairs.
-        scheduled = config.model.feed_forward.capacity_at(0) is not None
-        for block in model.blocks:
-            compile_block(block, dynamic=None if scheduled else False)
+        compile_blocks(model, varying=config.model.feed_forward.capacity_at(0) is not None)
     if processes.world_size == 1 or isinstance(model, FSDPModule):
         return model
     cuda = processes.device.type == "cuda"
@@ -140,15 +139,6 @@ def prepare(model: DiT, config: Config, processes: Processes) -> nn.Module:
         gradient_as_bucket_view=True,
         **{sync: False},
     )
-
-
-def compile_block(block: nn.Module, dynamic: bool | None = False, **options) -> None:
-    """Compile a block in place.
-
-    Shapes stay fixed by default: the blocks of JiT have two lengths of the sequence, and a second
-    one would make it a symbol in every graph.
-    """
-    block.compile(dynamic=dynamic, **options)
 
 
 @contextmanager

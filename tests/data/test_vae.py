@@ -39,6 +39,19 @@ def test_encode_and_decode_equal_diffusers(vae_folder):
     assert vae.decode(100 * scaled).abs().max() <= 1
 
 
+def test_a_block_is_decoded_a_few_at_a_time(vae_folder, monkeypatch):
+    vae, sizes = VAE(str(vae_folder)), []
+    decode = vae.model.decode
+    monkeypatch.setattr(vae.model, "decode", lambda x: (sizes.append(len(x)), decode(x))[1])
+    latents = torch.randn(7, 3, 8, 8)
+    whole = vae.decode(latents)
+    monkeypatch.setattr("data.vae.DECODED", 3 * 16 * 16 + 1)
+    torch.testing.assert_close(vae.decode(latents), whole)
+    monkeypatch.setattr("data.vae.DECODED", 1)
+    torch.testing.assert_close(vae.decode(latents), whole)
+    assert sizes == [7, 3, 3, 1, *[1] * 7]
+
+
 def test_loading_is_quiet(vae_folder, capfd, caplog):
     VAE(str(vae_folder))
     captured = capfd.readouterr()

@@ -16,7 +16,7 @@ from config.promoe import ProMoEConfig
 from config.race import RaceConfig
 from core.types import RouterContext
 from models.build import build_model
-from training.parallel import compile_block
+from models.compiled import compile_block
 from training.step import auxiliary_losses
 
 SHARED = {"shared_mlp": "swiglu", "shared_intermediate_size": 16}

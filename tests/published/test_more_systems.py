@@ -78,7 +78,10 @@ def test_promoe_is_sampled_as_published(scale):
     assert (found.sampling.cfg_scale, found.sampling.time_shift) == (scale, said["shift"])
     assert (found.sampling.cfg_channels, found.sampling.cfg_pooling) == ("all", "separate")
     assert (found.num_fid_samples, found.per_proc_batch_size) == (said["images"], said["batch"])
-    assert (found.vae, found.labels, found.pixels, found.tf32) == ("mse", "random", "dit", False)
+    assert (found.vae, found.labels, found.pixels, found.precision) == (
+        *("mse", "random", "dit"),
+        "fp32",
+    )
 
 
 # DiT-MoE

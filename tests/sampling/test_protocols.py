@@ -80,9 +80,10 @@ def test_a_checkpoint_of_a_hybrid_sharded_run_is_sampled_by_one_process():
 
 
 def test_tf32_is_on_unless_it_is_switched_off():
-    assert resolved().tf32 is True
-    assert resolved("--no-tf32").tf32 is False
-    assert resolved("--protocol", "sit_heun125_cfg1.0", "--no-tf32").tf32 is False
+    assert resolved().precision == resolved("--tf32").precision == "tf32"
+    assert resolved("--no-tf32").precision == "fp32"
+    assert resolved("--protocol", "sit_heun125_cfg1.0", "--no-tf32").precision == "fp32"
+    assert resolved("--precision", "bf16").precision == "bf16"
 
 
 def test_published_spellings_of_the_sde_are_taken():
