@@ -43,7 +43,7 @@ def test_the_vae_encodes_exactly_whatever_the_process_allows(vae_folder, monkeyp
 
 def test_every_protocol_states_tf32_as_its_published_sampler_has_it():
     for name in known_protocols():
-        assert load_protocol(name).tf32 is True
+        assert load_protocol(name).tf32 is not name.startswith("promoe"), name
 
 
 def fresh(name: str):
