@@ -44,7 +44,7 @@ train | train: unknown; a value follows its flag
 --hidden_size 8 | did you mean --model.hidden_size?
 --nothing-of-the-kind 1 | --nothing_of_the_kind: unknown key; --help lists the keys
 --model 3 | --model: is a section; give its keys
---model.feed_forward.top_k 2 | --model.feed_forward.name deepseek or promoe or token_choice has it
+--model.feed_forward.top_k 2 | deepseek or promoe or race or token_choice has it
 --objective.noise_schedule linear | --objective.name ddpm has it, not flow
 --model.feed_forward.name moe | model.feed_forward.name: unknown 'moe'; known: deepseek, dense
 --objective.name vdm | objective.name: unknown 'vdm'; known: ddpm, flow

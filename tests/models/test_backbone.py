@@ -20,6 +20,7 @@ from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
 from models.norms import RMSNorm, head_norm
 from models.positions import after_context, rotary_1d, rotary_2d, rotate, rotation_of
+from training.step import auxiliary_losses
 
 SHAPE = {
     **{"input_size": 8, "in_channels": 3, "patch_size": 2, "hidden_size": 32, "depth": 4},
@@ -58,9 +59,8 @@ def test_every_layer_takes_every_option(name, rope):
     model = random_model(**EVERYTHING | {"rope": rope}, feed_forward=layer(name)).train()
     output = run(model)
     assert output.prediction.shape == (2, 3, 8, 8)
-    (
-        output.prediction.square().mean() + sum(sum(r.losses.values()) for r in output.routing)
-    ).backward()
+    auxiliary = auxiliary_losses(output.routing, model.patchify(output.prediction))
+    (output.prediction.square().mean() + sum(auxiliary.values())).backward()
     without = {n for n, p in model.named_parameters() if p.grad is None}
     assert not without
     assert run(model.eval()).prediction.isfinite().all()

@@ -11,6 +11,7 @@ from models.build import build_model
 from models.embeddings import timestep_features
 from models.moe.layer import MoEFeedForward
 from models.positions import sincos_2d
+from training.step import auxiliary_losses
 
 SMALL = {"input_size": 8, "hidden_size": 16, "depth": 4, "num_heads": 2, "num_classes": 5}
 
@@ -52,8 +53,8 @@ def test_every_parameter_gets_a_gradient(name):
     output = model(*inputs())
     assert output.prediction.shape == (3, 8, 8, 8)
     assert len(output.routing) == (0 if name == "dense" else 2)
-    auxiliary = sum(sum(record.losses.values()) for record in output.routing)
-    (output.prediction.square().mean() + auxiliary).backward()
+    auxiliary = auxiliary_losses(output.routing, model.patchify(output.prediction[:, :4]))
+    (output.prediction.square().mean() + sum(auxiliary.values())).backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
 
