@@ -39,6 +39,8 @@ SHAPE = (4, 32, 32)
 """Of ImageNet's latents at 256 x 256."""
 
 IMAGENET = 1_281_167
+FEW = 2048
+"""Rows that are read from a cache that is not in memory, too few to bring in the rest of it."""
 CPU = torch.device("cpu")
 VAE = SimpleNamespace(path="none", scaling_factor=0.18215, shift_factor=0.0, latent_channels=4)
 
@@ -229,6 +231,25 @@ def cold(root: Path, work: list, flags: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def scattered(root: Path, flags: argparse.Namespace) -> dict[str, float]:
+    """Few rows of many from the disk: read one by one, or as the system reads ahead."""
+    rates: dict[str, list[float]] = {"one by one": [], "read ahead": []}
+    work = batches(flags.images, flags.batch_size, min(flags.images, FEW))
+    for _ in range(flags.repeats):
+        for name, found in rates.items():
+            data = Gather(LatentCache(root / "shards", scattered=name == "one by one"))
+            evict(root / "shards")
+            began = time.perf_counter()
+            read(data, work, 0)()
+            found.append(sum(map(len, work)) / (time.perf_counter() - began))
+    one, ahead = (statistics.median(found) for found in rates.values())
+    return {
+        f"cold rows/s, {FEW} one by one": one,
+        f"cold rows/s, {FEW} as the system reads ahead": ahead,
+        "ratio": one / ahead,
+    }
+
+
 @command
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line, measure and report."""
@@ -250,6 +271,7 @@ def main(argv: list[str] | None = None) -> None:
         facts = {
             "MB private in a loader process": worker_memory(LatentDataset(cache, 0), work),
             "s to open 1,281,167 images": opening_seconds(root, IMAGENET, flags.shard_size),
+            **scattered(root, flags),
         }
     settings = vars(flags) | machine(CPU)
     settings = {key: str(value) for key, value in settings.items() if key not in ("out", "dir")}

@@ -1,4 +1,4 @@
-"""Precision, compilation and one call for both halves: samples cost less, and stay what they are."""
+"""Precision, compilation, one call for both halves: samples cost less, and stay what they are."""
 
 import dataclasses
 
