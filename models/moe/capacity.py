@@ -1,10 +1,27 @@
 """How many tokens an expert needs: the capacity predictor and its dynamic thresholds."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.precision import outside_autocast
 from core.types import RoutingRecord
+
+
+class SiluLinear(torch.autograd.Function):
+    """silu(x) W^T + b in the precision of W; of silu(x) nothing is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.linear(F.silu(x).to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        active = F.silu(x).to(weight.dtype)
+        of_x = torch.ops.aten.silu_backward((grad @ weight).to(x.dtype), x)
+        return of_x, grad.mT @ active, grad.sum(dim=0)
 
 
 class CapacityPredictor(nn.Module):
@@ -47,9 +64,10 @@ class CapacityPredictor(nn.Module):
         The last product is float32 under autocast too: thresholds are quantiles of its values,
         of which bf16 would make many equal.
         """
-        hidden = self.mlp[:2](tokens.detach())
+        first, _, last = self.mlp
+        hidden = first(tokens.detach())
         with outside_autocast(tokens.device):
-            return self.mlp[2](hidden.to(self.mlp[2].weight.dtype)).float()
+            return SiluLinear.apply(hidden, last.weight, last.bias).float()
 
     def counts(self, logits: Tensor, threshold: float | None = None) -> Tensor:
         """Tokens above a threshold, by default the dynamic ones (Eq. 14).

@@ -1,5 +1,7 @@
 """Between tokens and (token, expert) pairs: gather, weighted sum, parts of a plan."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,72 +9,171 @@ from torch import Tensor
 from core.types import RoutingPlan
 
 
-def gather(tokens: Tensor, plan: RoutingPlan) -> Tensor:
+class Places(NamedTuple):
+    """Where the pairs of each token lie in a plan.
+
+    Attributes:
+        order: (N,) pairs sorted by token, those of a token in the order of the experts.
+        ends: (T + 1,) where the pairs of each token begin in that order.
+    """
+
+    order: Tensor
+    ends: Tensor
+
+
+def places_of(plan: RoutingPlan, num_tokens: int) -> Places:
+    """Where the pairs of each of `num_tokens` tokens lie."""
+    order = plan.token_index.argsort(stable=True)
+    counts = torch.zeros(num_tokens, dtype=torch.int64, device=order.device)
+    counts.scatter_add_(0, plan.token_index, torch.ones_like(plan.token_index))
+    return Places(order, F.pad(counts.cumsum(0), (1, 0)))
+
+
+def gather(tokens: Tensor, plan: RoutingPlan, places: Places) -> Tensor:
     """Rows (N, D) of `tokens` (T, D) in the order of the plan."""
-    return tokens.index_select(0, plan.token_index)
+    return take(tokens, plan.token_index, *places)
 
 
-def combine(outputs: Tensor, plan: RoutingPlan, num_tokens: int) -> Tensor:
+def combine(outputs: Tensor, plan: RoutingPlan, places: Places) -> Tensor:
     """Sum of the gated expert outputs of each token (Eq. 3 and 7), in float32.
 
     Pairs are sorted by token, and each token sums its own, in the order of the experts: the same
     way every time, on every device.
 
     Args:
-        outputs: (N, D) of the experts.
+        outputs: (N, D) of the experts, which are kept as they are for the backward pass.
         plan: the pairs.
-        num_tokens: T, all tokens; those that no expert took get zeros.
+        places: of the plan's tokens; those that no expert took get zeros.
 
     Returns:
         (T, D) float32.
     """
-    order = plan.token_index.argsort(stable=True)
-    counts = torch.zeros(num_tokens, dtype=torch.int64, device=order.device)
-    counts.scatter_add_(0, plan.token_index, torch.ones_like(plan.token_index))
-    ends = F.pad(counts.cumsum(0), (1, 0))  # (T + 1,) where the pairs of each token begin
-    return segment_sum(outputs.float(), plan.gate.float(), plan.token_index, order, ends)
+    return segment_sum(outputs, plan.gate.float(), plan.token_index, *places)
+
+
+class GatheredProduct(torch.autograd.Function):
+    """Tokens gathered for experts of equal counts, times each expert's weight, plus its bias.
+
+    Of the gathered rows nothing is kept: the backward pass gathers them again, which costs far
+    less than it saves. All in the precision of the tokens.
+
+    Args:
+        tokens: (T, D).
+        token_index, order, ends: of the plan, see `Places`.
+        weight: (E, D, H).
+        bias: (E, H) or None.
+
+    Returns:
+        (E, K, H) for N = E K pairs.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, token_index, order, ends, weight, bias):
+        ctx.save_for_backward(tokens, token_index, order, ends, weight)
+        ctx.biased = bias is not None
+        rows = _rows_of_experts(tokens, token_index, weight)
+        return batched_product(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tokens, token_index, order, ends, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        of_tokens = of_weight = None
+        if needs[0]:
+            of_rows = torch.bmm(grad, weight.mT).flatten(0, 1)  # (N, D)
+            of_tokens = sum_rows(of_rows, order, ends)
+        if needs[4]:
+            of_weight = torch.bmm(_rows_of_experts(tokens, token_index, weight).mT, grad)
+        of_bias = grad.sum(dim=1) if ctx.biased else None
+        return of_tokens, None, None, None, of_weight, of_bias
+
+
+def _rows_of_experts(tokens: Tensor, token_index: Tensor, weight: Tensor) -> Tensor:
+    return tokens.index_select(0, token_index).view(len(weight), -1, tokens.shape[1])
+
+
+def batched_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (E, K, in) times weight (E, in, out) plus bias (E, out)."""
+    if bias is None:
+        return torch.bmm(x, weight)
+    return torch.baddbmm(bias[:, None], x, weight)
+
+
+# Operators of our own: the library's gradients add by index, in any order on GPUs, and compiled
+# graphs with any number of pairs take these as they are.
+
+
+@torch.library.custom_op("diffmoe::sum_rows", mutates_args=())
+def sum_rows(rows: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    """(T, D) sums of the rows (N, D) of each token, added in float32 or wider."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    sums = F.embedding_bag(order, wide, ends, mode="sum", include_last_offset=True)
+    return sums.to(rows.dtype)
+
+
+@sum_rows.register_fake
+def _(rows: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(ends.shape[0] - 1, rows.shape[1])
+
+
+@torch.library.custom_op("diffmoe::take", mutates_args=())
+def take(tokens: Tensor, token_index: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    """(N, D) rows of tokens (T, D); the gradient sums those of each token.
+
+    Args:
+        tokens: (T, D).
+        token_index: (N,) the token of each row.
+        order, ends: see `Places`.
+    """
+    return tokens.index_select(0, token_index)
+
+
+@take.register_fake
+def _(tokens: Tensor, token_index: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    return tokens.new_empty(token_index.shape[0], tokens.shape[1])
+
+
+take.register_autograd(
+    lambda ctx, grad: (sum_rows(grad, *ctx.saved_tensors), None, None, None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[2:]),
+)
 
 
 @torch.library.custom_op("diffmoe::segment_sum", mutates_args=())
 def segment_sum(
     outputs: Tensor, gate: Tensor, token_index: Tensor, order: Tensor, ends: Tensor
 ) -> Tensor:
-    """Weighted sums of the rows of each token; the gradient gathers what the token got.
-
-    An operator of its own, since the library's gradient of a bag adds by index, and so that
-    compiled graphs with any number of pairs take it as it is.
+    """(T, D) float32 weighted sums of the rows of each token; the gradient gathers.
 
     Args:
         outputs: (N, D).
-        gate: (N,) weights.
+        gate: (N,) float32 weights.
         token_index: (N,) the token of each row.
-        order: (N,) rows sorted by token.
-        ends: (T + 1,) where the rows of each token begin in that order.
+        order, ends: see `Places`.
     """
-    weights = gate[order]
     return F.embedding_bag(
-        order, outputs, ends, mode="sum", per_sample_weights=weights, include_last_offset=True
+        *(order, outputs.float(), ends),
+        mode="sum",
+        per_sample_weights=gate[order],
+        include_last_offset=True,
     )
 
 
 @segment_sum.register_fake
-def _shape(
-    outputs: Tensor, gate: Tensor, token_index: Tensor, order: Tensor, ends: Tensor
-) -> Tensor:
-    return outputs.new_empty(ends.shape[0] - 1, outputs.shape[1])
-
-
-def _keep(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+def _(outputs: Tensor, gate: Tensor, token_index: Tensor, order: Tensor, ends: Tensor) -> Tensor:
+    return gate.new_empty(ends.shape[0] - 1, outputs.shape[1])
 
 
 def _gradient(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
     outputs, gate, token_index = ctx.saved_tensors
     rows = grad.index_select(0, token_index)  # (N, D)
-    return rows * gate[:, None], (rows * outputs).sum(dim=1), None, None, None
+    of_outputs = (rows * gate[:, None]).to(outputs.dtype)
+    return of_outputs, (rows * outputs).sum(dim=1), None, None, None
 
 
-segment_sum.register_autograd(_gradient, setup_context=_keep)
+segment_sum.register_autograd(
+    _gradient, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3])
+)
 
 
 def chunks(plan: RoutingPlan, budget: int) -> list[tuple[slice, slice]]:

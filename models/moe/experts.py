@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.types import RoutingPlan
+from models.moe.dispatch import GatheredProduct, Places, batched_product, gather
 
 Bias = Tensor | None
 ALIGNMENT = 16
@@ -69,21 +70,27 @@ class Experts(nn.Module):
             self.b1.zero_()
             self.b2.zero_()
 
-    def forward(self, x: Tensor, plan: RoutingPlan, first: int = 0) -> Tensor:
-        """Outputs (N, D) of the experts for their tokens `x` (N, D), sorted by expert.
+    def forward(self, tokens: Tensor, plan: RoutingPlan, places: Places, first: int = 0) -> Tensor:
+        """Outputs (N, D) of the experts for their tokens, sorted by expert.
 
-        A plan of some experts only begins with number `first`.
+        Args:
+            tokens: (T, D).
+            plan: which of them go to whom; one of some experts only begins with number `first`.
+            places: of the plan.
+            first: see there.
         """
+        x = tokens.to(product_dtype(tokens))  # before they are gathered: half the memory in bf16
         weights = [self.w1, self.b1, self.w2, self.b2]
         count = len(plan.tokens_per_expert)
         if count < len(self.w1):
             weights = [None if w is None else w[first : first + count] for w in weights]
         backend = self._backend(x, plan)
         if backend == "bmm":
-            return self._batched(x, plan.capacity, *weights)
+            return self._batched(x, plan, places, *weights)
+        rows = gather(x, plan, places)
         if backend == "grouped_mm":
-            return self._grouped(x, plan, *weights)
-        return self._loop(x, plan.host_sizes(), *weights)
+            return self._grouped(rows, plan, *weights)
+        return self._loop(rows, plan.host_sizes(), *weights)
 
     def _backend(self, x: Tensor, plan: RoutingPlan) -> str:
         """What computes this plan; `bmm` steps aside for `loop` where counts vary."""
@@ -98,13 +105,14 @@ class Experts(nn.Module):
         wanted = x.is_cuda and product_dtype(x) == torch.bfloat16
         return "grouped_mm" if fits and (wanted or torch.compiler.is_compiling()) else "loop"
 
-    def _batched(
-        self, x: Tensor, capacity: int, w1: Tensor, b1: Bias, w2: Tensor, b2: Bias
-    ) -> Tensor:
+    def _batched(self, x: Tensor, plan: RoutingPlan, places: Places, *weights: Bias) -> Tensor:
         """Equal counts: one batched product for all experts, no look at the device."""
-        E, D, _ = w1.shape
-        h = _product(x.view(E, capacity, D), w1, b1)  # (E, K, H or 2 H)
-        return _product(self._activate(h), w2, b2).view(E * capacity, D)
+        w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in weights)
+        if torch.compiler.is_compiling():  # it decides for itself what is kept
+            h = batched_product(gather(x, plan, places).view(len(w1), -1, x.shape[1]), w1, b1)
+        else:
+            h = GatheredProduct.apply(x, plan.token_index, *places, w1, b1)  # (E, K, H or 2 H)
+        return batched_product(self._activate(h), w2, b2).flatten(0, 1)
 
     def _loop(
         self, x: Tensor, sizes: list[int], w1: Tensor, b1: Bias, w2: Tensor, b2: Bias
@@ -150,13 +158,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """In which matrix products of `x` are computed."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (E, K, in) times weight (E, in, out) plus bias (E, out)."""
-    if bias is None:
-        return torch.bmm(x, weight)
-    return torch.baddbmm(bias[:, None], x, weight)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Bias) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.types import RouterContext, RoutingPlan, RoutingRecord
-from models.moe.dispatch import chunks, combine, gather
+from models.moe.dispatch import chunks, combine, places_of
 from models.moe.experts import Experts, product_dtype
 
 ROW_BUDGET = 4
@@ -71,7 +71,7 @@ class MoEFeedForward(nn.Module):
         budget = int(max(ROW_BUDGET, self.experts_per_token) * len(tokens))
         parts = chunks(plan, budget)
         if len(parts) <= 1:
-            return combine(self.experts(gather(tokens, plan), plan), plan, len(tokens))
+            return self._chunk(tokens, plan, 0)
         total = tokens.new_zeros(tokens.shape, dtype=torch.float32)
         for experts, pairs in parts:
             part = plan.part(experts, pairs)
@@ -84,8 +84,8 @@ class MoEFeedForward(nn.Module):
         return total
 
     def _chunk(self, tokens: Tensor, plan: RoutingPlan, first: int) -> Tensor:
-        outputs = self.experts(gather(tokens, plan), plan, first)
-        return combine(outputs, plan, len(tokens))
+        places = places_of(plan, len(tokens))
+        return combine(self.experts(tokens, plan, places, first), plan, places)
 
     def forward(
         self, x: Tensor, context: RouterContext | None = None

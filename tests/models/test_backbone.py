@@ -16,6 +16,7 @@ from models.attention import Attention
 from models.build import build_model
 from models.embeddings import timestep_features
 from models.feed_forward import build_mlp
+from models.moe.dispatch import places_of
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
 from models.norms import RMSNorm, head_norm
@@ -240,7 +241,7 @@ def test_experts_of_every_kind_are_the_dense_layer_of_that_kind(kind):
             experts.b2[0].copy_(last.bias)
     x = torch.randn(5, 8)
     plan = RoutingPlan(torch.arange(5), torch.ones(5), torch.tensor([5]), [5])
-    torch.testing.assert_close(experts(x, plan), dense(x)[0])
+    torch.testing.assert_close(experts(x, plan, places_of(plan, 5)), dense(x)[0])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from core.types import RoutingPlan
+from models.moe.dispatch import places_of
 from models.moe.experts import Experts
 
 
@@ -31,7 +32,7 @@ def outputs_and_gradients(experts, backend, counts, autocast=False):
     N = sum(counts)
     plan = RoutingPlan(torch.arange(N), torch.ones(N), torch.tensor(counts), counts)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        y = experts(x, plan)
+        y = experts(x, plan, places_of(plan, N))
     gradients = torch.autograd.grad(y.float().square().sum(), [x, *experts.parameters()])
     return [y, *gradients]
 
@@ -64,7 +65,7 @@ def test_experts_without_tokens_still_get_a_zero_gradient():
     experts = Experts(3, 8, 16)
     x = torch.randn(4, 8)
     plan = RoutingPlan(torch.arange(4), torch.ones(4), torch.tensor([0, 4, 0]))
-    experts(x, plan).sum().backward()
+    experts(x, plan, places_of(plan, 4)).sum().backward()
     assert experts.w1.grad[1].any()
     assert not experts.w1.grad[0].any()
     assert not experts.w2.grad[2].any()

@@ -9,7 +9,7 @@ from config.model import ModelConfig
 from config.race import RaceConfig
 from core.types import RouterContext, RoutingPlan
 from models.build import FEED_FORWARDS
-from models.moe.dispatch import chunks, combine
+from models.moe.dispatch import chunks, combine, places_of
 
 B, S, D, E = 3, 16, 8, 4
 
@@ -221,7 +221,7 @@ def test_the_combine_sums_what_each_token_has_and_its_gradient_gathers(index):
     wanted = torch.zeros(T, 3)
     for pair, token in enumerate(index.tolist()):
         wanted[token] = wanted[token] + gate[pair] * outputs[pair]
-    y = combine(outputs, plan, T)
+    y = combine(outputs, plan, places_of(plan, T))
     torch.testing.assert_close(y, wanted)
     if len(index):
         weight = torch.randn(T, 3)

@@ -22,6 +22,7 @@ from core.errors import UserError
 from core.types import RoutingPlan
 from models.build import build_model
 from models.feed_forward import build_mlp
+from models.moe.dispatch import places_of
 from models.moe.experts import Experts
 from models.upcycling import experts_of
 from training.checkpoint import TrainingState, initialise, save_checkpoint
@@ -183,7 +184,7 @@ def test_the_parts_of_an_mlp_sum_to_it(mlp, parts):
     x, count = torch.randn(5, D), 2 * parts
     index = torch.arange(5).repeat(count)
     plan = RoutingPlan(index, torch.ones(5 * count), torch.full((count,), 5), [5] * count)
-    outputs = experts(x.repeat(count, 1), plan).view(2, parts, 5, D).sum(dim=1)
+    outputs = experts(x, plan, places_of(plan, 5)).view(2, parts, 5, D).sum(dim=1)
     for copy_of_all in outputs:
         torch.testing.assert_close(copy_of_all, whole(x)[0], rtol=1e-5, atol=1e-5)
 
