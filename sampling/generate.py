@@ -96,11 +96,14 @@ class Sampler:
         model = InBfloat16(self.model, self.device) if self.bf16 else self.model
         model = RoutingRecorder(model, len(keys)) if self.record else model
         meter = CapacityMeter(model, len(keys))
-        alone = not self.model.config.feed_forward.sampling_sees_batch()
-        guided = Guided(meter, self._free, self.settings, one_call=alone)
+        guided = Guided(meter, self._free, self.settings, one_call=self.shares_a_call())
         cond = cond.to(self.device)
         latents = self.objective.sample(guided, draw(), cond, self.settings, draw)
         return latents, meter
+
+    def shares_a_call(self) -> bool:
+        """Whether both halves of guidance may go through the model at once."""
+        return not self.model.config.feed_forward.sampling_sees_batch()
 
     def compile(self, **options: object) -> None:
         """Compile the model's blocks, with `options` of `torch.compile`."""

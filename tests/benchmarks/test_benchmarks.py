@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import latent_loader, metrics, moe_layer, train_step
+from benchmarks import latent_loader, metrics, moe_layer, sampling, train_step
 from benchmarks.measure import activation_memory
 from benchmarks.pseudo_code import Algorithm3
 from config.layers import DiffMoEConfig
@@ -153,3 +153,16 @@ def test_memory_counts_what_the_backward_pass_needs():
     x = torch.randn(6, 10, requires_grad=True)
     saved = activation_memory(lambda: layer(x).square(), layer, CPU)
     assert saved == 4 * (6 * 10 + 6 * 20)  # the inputs of the product and of the square
+
+
+@pytest.mark.slow
+def test_a_table_of_samplers(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sampling.generate.compile_blocks", lambda model, varying: None)
+    sizes = ["--num-images", "3", "--batch-size", "2", "--repeats", "1", "--device", "cpu"]
+    sampling.main(["--ckpt", str(trained), *sizes, "--out", str(tmp_path / "s.json")])
+    rows = {row["way"]: row for row in json.loads((tmp_path / "s.json").read_text())["rows"]}
+    assert {"fp32", "bf16", "fp32, compiled", "bf16, compiled"} == rows.keys()  # DiffMoE
+    assert rows["fp32"]["speed / fp32"] == 1
+    assert rows["fp32"]["pixel difference"] == rows["fp32, compiled"]["pixel difference"] == 0
+    assert 0 < rows["bf16"]["pixel difference"] < 20
+    assert "3 images" in capsys.readouterr().out
