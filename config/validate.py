@@ -55,6 +55,7 @@ def _check_ranges(config: Config) -> None:
         "optim.lr": (optim.lr or 0, 0),
         "optim.base_lr": (optim.base_lr or 0, 0),
         "optim.warmup_steps": (optim.warmup_steps, 0),
+        "optim.ema_every": (optim.ema_every, 1),
         "optim.weight_decay": (optim.weight_decay, 0),
         "train.max_steps": (train.max_steps, 1),
         "train.global_batch_size": (train.global_batch_size, 1),

@@ -222,7 +222,7 @@ class Trainer:
             model = self._build_whole().to(self.processes.device)
             copies = [copy.deepcopy(model) for _ in decays]
         emas = {
-            name: EMA(average, decay, optim.ema_warmup)
+            name: EMA(average, decay, optim.ema_warmup, optim.ema_every)
             for (name, decay), average in zip(decays.items(), copies, strict=True)
         }
         latents = facts_of(self.data, config.model.num_classes > 0)

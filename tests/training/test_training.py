@@ -101,6 +101,25 @@ def test_ema_by_hand_and_live_thresholds():
     assert (router_state.keepers(ema.model)[0].thresholds == 0.3).all()
 
 
+def test_averages_every_few_steps_have_the_decay_to_that_power():
+    """Where the weights stand still between updates, the same as an update at every step."""
+    model = torch.nn.Linear(3, 2)
+    model.register_buffer("thresholds", torch.zeros(2))
+    one, other = (EMA(copy.deepcopy(model), 0.9, warmup=False, every=n) for n in (1, 4))
+    before = other.model.weight.clone()
+    for step in range(8):
+        if step % 4 == 0:
+            torch.nn.init.normal_(model.weight)
+        model.thresholds += 1
+        one.update(model, step)
+        other.update(model, step)
+        if step == 2:
+            assert torch.equal(other.model.weight, before)
+        assert torch.equal(other.model.thresholds, model.thresholds)
+    torch.testing.assert_close(other.model.weight, one.model.weight)
+    assert (one.model.weight - before).abs().max() > 0.1
+
+
 def test_ema_warmup_starts_short():
     model = torch.nn.Linear(1, 1)
     ema = EMA(copy.deepcopy(model), 0.999, warmup=True)
