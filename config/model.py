@@ -3,26 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from config.layers import (
-    MLP,
-    DeepSeekConfig,
-    DenseConfig,
-    DiffMoEConfig,
-    ExpertChoiceConfig,
-    TokenChoiceConfig,
-)
-from config.promoe import ProMoEConfig
-from config.race import RaceConfig
+from config.layers import MLP, DenseConfig, DiffMoEConfig, MoEConfig
 
-FeedForwardConfig = (
-    DenseConfig
-    | TokenChoiceConfig
-    | ExpertChoiceConfig
-    | DiffMoEConfig
-    | DeepSeekConfig
-    | ProMoEConfig
-    | RaceConfig
-)
+FeedForwardConfig = DenseConfig | MoEConfig
+"""All layers with experts have options that extend MoEConfig's; config.schema lists them."""
 
 
 @dataclass

@@ -106,8 +106,8 @@ class OptimConfig:
         weight_decay: decoupled weight decay.
         ema_decay: decay of the averaged weights, per step.
         ema_warmup: start with a shorter average: decay min(ema_decay, (1 + step) / (10 + step)).
-        ema_every: steps between two updates of the averages, each with the decay to that power; they
-            cost a pass over all weights.
+        ema_every: steps between two updates of the averages, each with the decay to that power;
+            they cost a pass over all weights.
         extra_ema_decays: further averages beside the one that is sampled from, kept as
             `ema_<decay>`.
         grad_clip: largest L2 norm of the gradient; by default it is not clipped.
