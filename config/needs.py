@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from config.layers import DenseConfig
+from config.layers import DenseConfig, MoEConfig
 from config.objective import ADAPTIVE, CORRECTED, SDE_METHODS
 from config.schema import Config
 
@@ -107,6 +107,12 @@ NEEDS = (
         "shard_size",
         lambda c: c.parallel.strategy != "ddp",
         "parallel.strategy fsdp or zero1",
+    ),
+    Need(
+        "parallel",
+        "expert_parallel",
+        lambda c: c.parallel.strategy != "ddp" and isinstance(c.model.feed_forward, MoEConfig),
+        "parallel.strategy fsdp or zero1, and a model.feed_forward.name other than dense",
     ),
     Need(
         "evaluation",

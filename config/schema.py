@@ -197,10 +197,13 @@ class ParallelConfig:
             and gathers the weights once for each step.
         shard_size: processes that hold one copy of a sharded model between them, such as the
             GPUs of a node (hybrid sharding); by default all.
+        expert_parallel: every process keeps its share of the experts, and tokens travel to them,
+            instead of weights to the tokens.
     """
 
     strategy: Literal["ddp", "fsdp", "zero1"] = "ddp"
     shard_size: int | None = None
+    expert_parallel: bool = False
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import math
 
+from config.layers import MoEConfig
 from config.objective import SAMPLERS, SDE_METHODS, DDPMConfig, FlowConfig, SamplingConfig
 from config.schema import Config, OptimConfig
 from config.validate_data import check_data
@@ -153,12 +154,29 @@ def _check_batch(config: Config, world_size: int) -> None:
 
 
 def _check_parallel(config: Config, world_size: int | None) -> None:
+    if config.parallel.expert_parallel:
+        _check_expert_parallel(config, world_size)
     size = config.parallel.shard_size
     if size is None or config.parallel.strategy == "ddp":
         return
     require(
         size >= 1 and (world_size is None or world_size % size == 0),
         f"parallel.shard_size: {size} does not divide {world_size} process(es)",
+    )
+
+
+def _check_expert_parallel(config: Config, world_size: int | None) -> None:
+    at, layer = "parallel.expert_parallel", config.model.feed_forward
+    require(not config.train.compile, f"{at}: does not go with train.compile")
+    require(
+        config.parallel.shard_size is None,
+        f"{at}: spreads experts over all processes; it does not go with parallel.shard_size",
+    )
+    experts = layer.all_experts() if isinstance(layer, MoEConfig) else 0
+    require(
+        world_size is None or experts % world_size == 0,
+        f"{at}: the {experts} experts of a layer do not fall into {world_size} equal parts; "
+        "allowed: a number of processes that divides them",
     )
 
 

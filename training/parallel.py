@@ -23,6 +23,8 @@ from core.types import ModelOutput, RoutingPlan, RoutingRecord
 from models.build import build_model
 from models.compiled import compile_blocks
 from models.dit import DiT
+from models.moe.exchange import Exchange
+from models.moe.layer import MoEFeedForward
 
 log: logging.Logger = get_logger("train")
 
@@ -90,10 +92,30 @@ def shard(model: DiT, config: Config, processes: Processes) -> None:
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
     # A root is needed again at once, in the backward pass, which None knows.
     freed = False if config.parallel.strategy == "zero1" else None
+    apart = _spread_experts(model, mesh) if config.parallel.expert_parallel else set()
     for part in (*model.blocks, model):
         fully_shard(
-            part, mesh=mesh, shard_placement_fn=_placement(mesh), reshard_after_forward=freed
+            part,
+            mesh=mesh,
+            shard_placement_fn=_placement(mesh),
+            reshard_after_forward=freed,
+            ignored_params=apart,
         )
+
+
+def _spread_experts(model: DiT, mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Leave each process its share of every layer's experts; returns their parameters."""
+    found = set()
+    for layer in model.modules():
+        if not isinstance(layer, MoEFeedForward):
+            continue
+        layer.exchange = Exchange(mesh.get_group())
+        for name, weight in list(layer.experts.named_parameters()):
+            part = weight.detach().chunk(mesh.size())[mesh.get_local_rank()]
+            spread = DTensor.from_local(part, mesh, [Shard(0)], run_check=False)
+            setattr(layer.experts, name, nn.Parameter(spread, weight.requires_grad))
+            found.add(getattr(layer.experts, name))
+    return found
 
 
 def _placement(mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard | None]:

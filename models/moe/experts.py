@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from core.types import RoutingPlan
 from models.moe.dispatch import GatheredProduct, Places, batched_product, gather
+from models.moe.exchange import own_part
 
 Bias = Tensor | None
 ALIGNMENT = 16
@@ -80,9 +81,9 @@ class Experts(nn.Module):
             first: see there.
         """
         x = tokens.to(product_dtype(tokens))  # before they are gathered: half the memory in bf16
-        weights = [self.w1, self.b1, self.w2, self.b2]
+        weights = [own_part(w) for w in (self.w1, self.b1, self.w2, self.b2)]
         count = len(plan.tokens_per_expert)
-        if count < len(self.w1):
+        if count < len(weights[0]):
             weights = [None if w is None else w[first : first + count] for w in weights]
         backend = self._backend(x, plan)
         if backend == "bmm":

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.types import RouterContext, RoutingPlan, RoutingRecord
-from models.moe.dispatch import chunks, combine, places_of
+from models.moe.dispatch import chunks, combine, gather, places_of
+from models.moe.exchange import Exchange
 from models.moe.experts import Experts, product_dtype
 
 ROW_BUDGET = 4
@@ -33,6 +34,9 @@ class MoEFeedForward(nn.Module):
         experts_per_token: experts that compute a token in training, on average.
         shared: a dense layer that every token goes through besides, with weight 1; or None.
         router_input: what the router reads, see `router_tokens`.
+
+    Attributes:
+        exchange: carries tokens to the experts of other processes; None if all are here.
     """
 
     role = "router"
@@ -51,6 +55,7 @@ class MoEFeedForward(nn.Module):
         self.experts_per_token = experts_per_token
         self.shared = shared
         self.router_input = router_input
+        self.exchange: Exchange | None = None
         if shared is not None:
             shared.role = "shared experts"
 
@@ -68,6 +73,8 @@ class MoEFeedForward(nn.Module):
         fresh thresholds), they are computed a few at a time, and again in the backward pass: that
         costs time, not memory.
         """
+        if self.exchange is not None:
+            return self._exchanged(tokens, plan)
         budget = int(max(ROW_BUDGET, self.experts_per_token) * len(tokens))
         parts = chunks(plan, budget)
         if len(parts) <= 1:
@@ -86,6 +93,15 @@ class MoEFeedForward(nn.Module):
     def _chunk(self, tokens: Tensor, plan: RoutingPlan, first: int) -> Tensor:
         places = places_of(plan, len(tokens))
         return combine(self.experts(tokens, plan, places, first), plan, places)
+
+    def _exchanged(self, tokens: Tensor, plan: RoutingPlan) -> Tensor:
+        """The same with experts on several processes, all at once, so that all exchange alike."""
+        places = places_of(plan, len(tokens))
+        rows = gather(tokens.to(product_dtype(tokens)), plan, places)  # (N, D)
+        rows, local, way = self.exchange.deliver(rows, plan)  # (M, D)
+        outputs = self.experts(rows, local, places_of(local, len(rows)))  # expert by expert
+        outputs = way.back(outputs[local.token_index.argsort()])  # process by process, and home
+        return combine(outputs, plan, places)
 
     def forward(
         self, x: Tensor, context: RouterContext | None = None

@@ -92,6 +92,25 @@ PROMOE = {
 """Prototypes, samples without a class, and what ProMoE adds to the backbone."""
 
 
+SPREAD = {
+    "deepseek": {
+        "model__feed_forward__name": "deepseek",
+        "model__feed_forward__num_experts": 4,
+        "model__feed_forward__top_k": 2,
+        "model__feed_forward__bias_update_rate": 0.01,
+        "model__feed_forward__shared_mlp": "swiglu",
+        "model__feed_forward__shared_intermediate_size": 8,
+        "model__moe_every": 1,
+    },
+    "token_choice": {
+        "model__feed_forward__name": "token_choice",
+        "model__feed_forward__num_experts": 4,
+    },
+    "diffmoe": {"model__feed_forward__num_experts": 4},
+}
+"""Layers whose experts are spread over the processes."""
+
+
 def main(out: Path, *data: str) -> None:
     fsdp = {"parallel__strategy": "fsdp"}
     again = {"train__activation_checkpointing": True}
@@ -126,6 +145,13 @@ def main(out: Path, *data: str) -> None:
         run("promoe_recomputing", **PROMOE, **again)
         run("promoe_fsdp", **PROMOE, **fsdp)
         run("promoe_fsdp_recomputing", **PROMOE, **fsdp, **again)
+        spread = {"parallel__expert_parallel": True}
+        for name, layer in SPREAD.items():
+            run(f"{name}_spread", **layer, **fsdp, **spread)
+        run("deepseek_spread_zero1", **SPREAD["deepseek"], **zero1, **spread, **again)
+        way = {"parallel__strategy": "ddp"}
+        for steps, more in ((2, way), (4, fsdp | spread), (STEPS, zero1)):
+            run("deepseek_changing", **SPREAD["deepseek"], **more, train__max_steps=steps)
         for name, layer in (("race", RACE), ("nucleus", NUCLEUS)):
             run(name, **layer)
             run(f"{name}_fsdp_recomputing", **layer, **fsdp, **again)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from launch import on_two_processes
-from strategies import JITMOE, NUCLEUS, PROMOE, RACE, STEPS, flags
+from strategies import JITMOE, NUCLEUS, PROMOE, RACE, SPREAD, STEPS, flags
 
 from config.load import parse_config
 from core.distributed import Processes
@@ -107,6 +107,17 @@ def test_prototypes_learn_alike_on_one_process_and_on_two(runs, promoe_alone, na
             torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5, msg=key)
 
 
+def assert_alike(one, other):
+    """But for a bias of the keys, which changes no attention: its gradient is rounding alone."""
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        ways = [
+            t.unflatten(0, (3, -1))[[0, 2]] if "qkv.bias" in key else t
+            for t in (other[key], tensor)
+        ]
+        torch.testing.assert_close(*ways, rtol=1e-3, atol=1e-5, msg=key)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), [("race", RACE), ("nucleus", NUCLEUS)])
 def test_further_layers_train_alike_on_any_number_of_processes(runs, data, tmp_path, name, layer):
@@ -121,14 +132,33 @@ def test_further_layers_train_alike_on_any_number_of_processes(runs, data, tmp_p
             for key in ("loss/loss", "grad_norm", "max_load/moe_layer_0", *keys):
                 assert other[key] == pytest.approx(one[key], rel=1e-4), key
     one, other = (weights(runs / run, "model") for run in (name, f"{name}_fsdp_recomputing"))
-    assert one.keys() == other.keys()
-    for key, tensor in one.items():
-        # A bias of the keys changes no attention: Adam makes steps of its gradient's rounding.
-        ways = [
-            t.unflatten(0, (3, -1))[[0, 2]] if "qkv.bias" in key else t
-            for t in (other[key], tensor)
-        ]
-        torch.testing.assert_close(*ways, rtol=1e-3, atol=1e-5, msg=key)
+    assert_alike(one, other)
+
+
+@pytest.fixture(scope="module")
+def spread_alone(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    for name, layer in SPREAD.items():
+        train(parse_config(flags(out / name, *data, **layer), "train.py"), ALONE)
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{name}_spread" for name in SPREAD), "deepseek_spread_zero1", "deepseek_changing"],
+)
+def test_experts_on_two_processes_are_those_of_one(runs, spread_alone, name):
+    """Tokens travel to them; losses, gradients, loads, weights and moments are the same."""
+    layer = next(layer for layer in SPREAD if name.startswith(layer))
+    one, other = spread_alone / layer, runs / name
+    wanted, found = entries(one), entries(other)
+    assert [entry["step"] for entry in found] == list(range(1, STEPS + 1))
+    for first, second in zip(wanted, found, strict=True):
+        for key in ("loss/loss", "grad_norm", "max_load/moe_layer_0"):
+            assert second[key] == pytest.approx(first[key], rel=1e-5), key
+    for kind in ("model", "ema", "optimizer"):
+        assert_alike(weights(one, kind), weights(other, kind))
 
 
 @pytest.mark.slow
