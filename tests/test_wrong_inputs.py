@@ -101,7 +101,11 @@ train | train: unknown; a value follows its flag
 --sampling.sampler dopri5 --sampling.num_steps 5 | it needs a sampler with fixed steps
 --sampling.cfg_scale 2 --sampling.cfg_interval [1,0] | is empty; the first time must be below
 --parallel.shard_size 2 | --parallel.shard_size: has no effect here; it needs parallel.strategy fsdp
---parallel.strategy zero | parallel.strategy: 'zero' is not allowed; wanted: 'ddp', 'fsdp'
+--parallel.strategy zero | parallel.strategy: 'zero' is not allowed; wanted: 'ddp', 'fsdp', 'zero1'
+--parallel.expert_parallel true | has no effect here; it needs parallel.strategy fsdp or zero1, and a
+--parallel.strategy fsdp --parallel.expert_parallel true --train.compile true | go with train.comp
+--parallel.strategy zero1 --parallel.expert_parallel true --parallel.shard_size 1 | spreads experts
+--optim.ema_every 0 | optim.ema_every: 0 is too small
 --init_fresh labels | --init_fresh: has no effect here; it needs init_from
 --data.source npz | data.npz_contents: source npz needs it
 --data.source images | data.data_path: source images needs it
@@ -375,6 +379,8 @@ benchmarks.moe_layer --device tpu | --device: 'tpu' is not available on this mac
 benchmarks.moe_layer --num-experts 0 | --num-experts: 0 is too small
 benchmarks.moe_layer --family dense | --family: invalid choice: 'dense'
 benchmarks.moe_layer --out {empty} | --out: {empty} is a folder; a file is wanted
+benchmarks.sampling --ckpt {list} | no checkpoint
+benchmarks.sampling | required: --ckpt
 benchmarks.moe_layer --precision fp8 | --precision: invalid choice: 'fp8'
 benchmarks.train_step | required: --config
 benchmarks.train_step --config nowhere | --config: no file nowhere
