@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from config.load import parse_config
 from config.model import ModelConfig
 from config.promoe import ProMoEConfig
+from core.conditions import Condition
 from core.errors import ConfigError
 from core.types import RouterContext
 from models.build import FEED_FORWARDS, build_model
@@ -203,6 +204,25 @@ def test_which_samples_have_no_class(classes):
     labels = torch.tensor([0, classes])
     (record,) = model(torch.randn(2, 4, 8, 8), torch.rand(2), labels).routing
     assert (record.counts[:, E] > 0).tolist() == [False, classes > 0]
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_which_samples_have_no_caption(classes):
+    """A class or a caption is a condition; in a model of text alone there is no class to have."""
+    layer = ProMoEConfig(num_experts=E)
+    shape = {"input_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 2}
+    text = {"text_hidden_size": 6, "text_max_length": 4}
+    model = build_model(ModelConfig(**shape, **text, num_classes=classes, feed_forward=layer))
+    labels = torch.tensor([0, classes])
+
+    def alone(cond):
+        (record,) = model.float()(torch.randn(2, 4, 8, 8), torch.rand(2), cond).routing
+        return (record.counts[:, E] > 0).tolist()
+
+    caption = Condition.of_rows([torch.randn(2, 6)] * 2, 4, labels if classes else None)
+    assert alone(caption) == [False, False]
+    assert alone(model.null_condition(caption)) == [True, True]
+    assert alone(labels) == [classes == 0, True]
 
 
 @pytest.mark.parametrize(
