@@ -225,6 +225,17 @@ def test_which_samples_have_no_caption(classes):
     assert alone(labels) == [classes == 0, True]
 
 
+def test_losses_of_the_routing_are_not_computed_in_evaluation(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("models.moe.prototypes.contrastive_loss", refuse)
+    monkeypatch.setattr("models.moe.prototypes.masked_balance", refuse)
+    for options in (*CASES, {"balance_loss_weight": 1.0}):
+        module, x = make(**options)
+        module.eval()(x, RouterContext(unconditional=FREE))
+
+
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
