@@ -244,6 +244,10 @@ def test_losses_of_the_routing_are_not_computed_in_evaluation(monkeypatch):
         ("--contrastive_loss_weight -1", "contrastive_loss_weight: -1.0 is negative"),
         ("--choice expert --balance_loss_weight 1", "means nothing where experts choose"),
         ("--choice expert --contrastive_top_k false", "it needs .*choice token"),
+        (
+            "--shared_mlp gelu --shared_intermediate_size -4",
+            "shared_intermediate_size: -4 does not fit shared_mlp 'gelu'; allowed: .* above 0",
+        ),
         ("--balance_per_sample true", "it needs .*balance_loss_weight above 0"),
         (
             "--contrastive_loss_weight 0 --contrastive_temperature 0.1",
