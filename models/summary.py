@@ -38,9 +38,6 @@ BY_TABLE = {
 }
 """Groups of the paper's Table 9: FFN has router and predictor, adaLN the blocks' alone."""
 
-USAGE = "(--config NAME | --compare NAME ...) [--json] [--KEY VALUE ...]"
-KEYS = "Every key of a config is a flag, as in train.py --help: --model.depth 12"
-
 CAPACITIES = (0.95, 1.0)
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and AdamW's two moments in float32; every average takes four more."""
