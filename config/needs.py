@@ -163,7 +163,7 @@ NEEDS = (
     Need(
         "model.feed_forward",
         "capacity_loss_weight threshold_decay",
-        _layer("capacity_predictor"),
+        lambda c: getattr(c.model.feed_forward, "capacity_predictor", True),  # a race needs none
         "model.feed_forward.capacity_predictor true",
     ),
     Need(

@@ -40,6 +40,11 @@ class ProMoEConfig(MoEConfig):
         """K; the tokens of samples without a condition have one expert."""
         return float(self.top_k)
 
+    def gate_sum(self) -> str:
+        """Of the softmax over all experts, if a token takes all; an expert alone weighs one."""
+        everywhere = self.choice == "token" and self.top_k == self.num_experts
+        return "one" if everywhere and self.score == "softmax" else "the scores of its experts"
+
     def all_experts(self) -> int:
         """With that of samples without a condition."""
         return self.num_experts + self.unconditional_expert

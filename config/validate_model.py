@@ -162,9 +162,11 @@ def _check_widths(model: ModelConfig, layer: MoEConfig) -> None:
         f"model.expert_backend: grouped_mm wants widths in multiples of 8; model.hidden_size and "
         f"the experts' width are {widths[0]} and {widths[1]}",
     )
+    shared = layer.shared_intermediate_size
+    without = layer.shared_mlp in ("none", "identity")
     require(
-        (layer.shared_mlp in ("none", "identity")) == (layer.shared_intermediate_size == 0),
-        f"{AT}.shared_intermediate_size: {layer.shared_intermediate_size} does not fit "
+        shared == 0 if without else shared > 0,
+        f"{AT}.shared_intermediate_size: {shared} does not fit "
         f"shared_mlp {layer.shared_mlp!r}; allowed: 0 for 'none' and 'identity', above 0 otherwise",
     )
 

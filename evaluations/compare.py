@@ -102,8 +102,9 @@ def _inference(record: dict) -> str | None:
     rule = layer.get("inference")
     if rule == "fixed":
         return f"fixed {layer['fixed_threshold']:g}"
-    if rule == "topk":
-        return f"topk {layer['inference_capacity'] or layer['capacity']:g}"
+    if rule == "topk":  # a race takes so many pairs for each token
+        count = layer.get("inference_capacity") or layer.get("capacity") or layer["top_k"]
+        return f"topk {count:g}"
     return rule
 
 

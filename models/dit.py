@@ -208,7 +208,8 @@ class DiT(nn.Module):
             labels = torch.full((count,), self.label_embed.null_class, device=device)
         if free is None:
             free = torch.zeros(count, dtype=torch.bool, device=device)
-        if self.config.num_classes and cond.text is None:
+        conditioned = self.config.num_classes > 0 or self.text_embed is not None
+        if conditioned and cond.text is None:
             free = free | (labels == self.label_embed.null_class)
         text, mask = cond.text, cond.mask
         if text is None and self.text_embed is not None:

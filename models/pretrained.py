@@ -7,6 +7,7 @@ folders `model`, `ema` of shards), `state.json` (step, facts of the latents) and
 
 import dataclasses
 import json
+import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from config.load import load_config
 from config.model import FeedForwardConfig
 from config.schema import Config
+from config.typed import convert
 from config.validate import validate
 from core.errors import UserError, unknown_name
 from models.build import build_model
@@ -94,11 +96,13 @@ def read_checkpoint(
 
 def _rerouted(layer: FeedForwardConfig, routing: dict[str, Any]) -> FeedForwardConfig:
     """The layer's config with other values of what inference looks at."""
-    known = {field.name for field in dataclasses.fields(layer)}
-    for key in routing:
+    known, changes = typing.get_type_hints(type(layer)), {}
+    for key, value in routing.items():
         if key not in known:
             raise UserError(f"{key}: model.feed_forward {layer.name} has no such key")
-    return dataclasses.replace(layer, **routing)
+        # Layers mean different rules by one key.
+        changes[key] = convert(value, known[key], f"{key} of model.feed_forward {layer.name}")
+    return dataclasses.replace(layer, **changes)
 
 
 def find_checkpoint(path: Path) -> Path:

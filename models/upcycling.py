@@ -85,8 +85,8 @@ def experts_of(
     parts, rest = divmod(whole, width)
     if parts == 0 or rest:
         raise ConfigError(
-            f"{AT}: experts of width {width} are not whole parts of MLPs of width {whole}; set "
-            "model.feed_forward.hidden_split"
+            f"{AT}: experts of width {width} are not whole parts of MLPs of width {whole}; wanted: "
+            f"a model.feed_forward.intermediate_size that divides {whole}"
         )
 
     def copies(values: Iterable[Tensor]) -> Tensor:

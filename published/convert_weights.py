@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from config.load import dump_config, parse_config
+from config.promoe import ProMoEConfig
 from config.schema import Config
 from core.command_line import Parser
 from core.errors import UserError, command
@@ -38,7 +39,7 @@ from models.pretrained import (
     weights_path,
 )
 from models.sealed import check_seal, seal
-from published.entries import is_jit
+from published.entries import is_ditmoe, is_jit
 from published.export import check_exportable
 from published.weights import load_official, to_official
 
@@ -100,7 +101,13 @@ def import_official(path: Path, config: Config, out: Path) -> None:
 
     `ema.safetensors` has the averaged weights where the file has them, else the live ones. A
     second average becomes the first of the config's optim.extra_ema_decays.
+
+    Raises:
+        UserError: of ProMoE and DiT-MoE also for keys that their code does not have: no tensor
+            says which way the signs turn, or what the expert for no class has seen.
     """
+    if isinstance(config.model.feed_forward, ProMoEConfig) or is_ditmoe(config.model):
+        check_exportable(config.model, config.objective.name)
     parts = read_official(path)
     names = {"model": "model", "ema": "ema"}
     if "ema2" in parts and config.optim.extra_ema_decays:

@@ -1,4 +1,7 @@
-"""Whether a model has a counterpart in the published code, so that its weights may go there."""
+"""Whether a model has a counterpart in the published code, so that its weights may go there.
+
+Of ProMoE and DiT-MoE that is asked of weights on their way in as well.
+"""
 
 from typing import Any
 

@@ -19,6 +19,9 @@ RENAMED = {"num_sampling_steps": "num_steps"}
 """Published flags of sampling settings that have another name in a config."""
 
 
+RULES = ("topk", "dynamic", "fixed", "threshold")
+"""Of `model.feed_forward.inference`; which of them there are depends on the layer."""
+
 ABOUT = "Flags override the --protocol, which overrides the checkpoint's config."
 
 
@@ -71,7 +74,7 @@ def sampling_parser(program: str = "sample_ddp.py", doc: str = ABOUT) -> NotingP
         default="npz",
         help="images: one PNG each; geneval: PNGs as its evaluator reads them; default npz",
     )
-    add("--inference", choices=["topk", "dynamic", "fixed"], help="routing; default: config's")
+    add("--inference", choices=RULES, help="routing; default: config's")
     add("--inference-capacity", type=float, help="C of --inference topk")
     add("--fixed-threshold", type=float, help="gamma of --inference fixed, 0 ... 1")
     add("--capacity", action="store_true", help="record where the computation goes")

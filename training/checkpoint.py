@@ -287,7 +287,7 @@ def _upcycle(config: Config, model: DiT, found: Config, weights: Path) -> None:
         told = f"{about}; there the first forward is not the dense model's: %s"
         log.warning(told, config.model.feed_forward.name, blocks, "; ".join(reasons))
     else:
-        told = f"{about}; the first forward is the dense model's"
+        told = f"{about}; there the first forward is the dense model's"
         log.info(told, config.model.feed_forward.name, blocks)
 
 

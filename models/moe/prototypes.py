@@ -51,34 +51,19 @@ class PrototypeRouter(nn.Module):
             route = self._by_token if self.config.choice == "token" else self._by_expert
             plan, losses = route(tokens, prototypes, cosines, free)
         record = RoutingRecord.of(plan, x, context)
-        if self.training:
-            record.losses |= losses
+        record.losses |= losses
         return plan, record
 
     def _by_token(
         self, tokens: Tensor, prototypes: Tensor, cosines: Tensor, free: Tensor | None
     ) -> tuple[RoutingPlan, dict[str, Tensor]]:
         """Every token takes its top-k experts, weighted by their scores."""
-        config, (B, S, E) = self.config, cosines.shape
+        config, (_, S, E) = self.config, cosines.shape
         scores = self._scores(cosines, over=-1)
         gate, expert = (part.flatten(0, 1) for part in scores.topk(config.top_k, dim=-1))  # (T, K)
-        known = torch.ones_like(cosines[:, :, 0]) if free is None else _known(free, S)  # (B, S)
-        chosen = torch.zeros_like(cosines).view(-1, E).scatter_(1, expert, 1.0).view(B, S, E)
         losses = {}
-        if config.contrastive_loss_weight > 0:
-            member = chosen
-            if not config.contrastive_top_k:
-                best = expert[:, :1]
-                member = torch.zeros_like(cosines).view(-1, E).scatter_(1, best, 1.0)
-            member = (member.view(B, S, E) * known[..., None]).flatten(0, 1).T  # (E, T)
-            count = member.sum(dim=-1)
-            means = member @ tokens.flatten(0, 1) / count.clamp(min=1)[:, None]
-            loss = contrastive_loss(prototypes, means, count > 0, config.contrastive_temperature)
-            losses["contrastive"] = config.contrastive_loss_weight * loss
-        if config.balance_loss_weight > 0:
-            share = scores if config.score == "softmax" else scores.softmax(dim=-1)
-            loss = masked_balance(share, chosen, known, config.balance_per_sample)
-            losses["balance"] = config.balance_loss_weight * loss
+        if self.training:
+            losses = self._losses_by_token(tokens, prototypes, scores, expert, free)
         if free is None:
             return RoutingPlan.of_choices(gate, expert, E), losses
         alone = free.repeat_interleave(S)[:, None]  # (T, 1)
@@ -89,6 +74,36 @@ class PrototypeRouter(nn.Module):
         idle = alone & ~first if config.top_k > 1 else None
         return RoutingPlan.of_choices(gate, expert, E + 1, idle), losses
 
+    def _losses_by_token(
+        self,
+        tokens: Tensor,
+        prototypes: Tensor,
+        scores: Tensor,
+        expert: Tensor,
+        free: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Of `scores` (B, S, E) and choices (T, K), the tokens of `free` samples left out."""
+        config, (B, S, E) = self.config, scores.shape
+        known = torch.ones_like(scores[:, :, 0]) if free is None else _known(free, S)  # (B, S)
+
+        def table(choices: Tensor) -> Tensor:
+            """(B, S, E) 1 where a token has the expert."""
+            return torch.zeros_like(scores).view(-1, E).scatter_(1, choices, 1.0).view(B, S, E)
+
+        losses = {}
+        if config.contrastive_loss_weight > 0:
+            member = table(expert if config.contrastive_top_k else expert[:, :1])
+            member = (member * known[..., None]).flatten(0, 1).T  # (E, T)
+            count = member.sum(dim=-1)
+            means = member @ tokens.flatten(0, 1) / count.clamp(min=1)[:, None]
+            loss = contrastive_loss(prototypes, means, count > 0, config.contrastive_temperature)
+            losses["contrastive"] = config.contrastive_loss_weight * loss
+        if config.balance_loss_weight > 0:
+            share = scores if config.score == "softmax" else scores.softmax(dim=-1)
+            loss = masked_balance(share, table(expert), known, config.balance_per_sample)
+            losses["balance"] = config.balance_loss_weight * loss
+        return losses
+
     def _by_expert(
         self, tokens: Tensor, prototypes: Tensor, cosines: Tensor, free: Tensor | None
     ) -> tuple[RoutingPlan, dict[str, Tensor]]:
@@ -98,7 +113,7 @@ class PrototypeRouter(nn.Module):
         k = max(1, min(int(S / E * config.top_k), S))
         gate, index = scores.topk(k, dim=-1)  # (B, E, K)
         losses = {}
-        if config.contrastive_loss_weight > 0:
+        if self.training and config.contrastive_loss_weight > 0:
             member = torch.zeros_like(scores).scatter_(2, index, 1.0 / k)
             present = torch.ones_like(scores[:, :, 0], dtype=torch.bool)
             means, heat = member @ tokens, config.contrastive_temperature  # (B, E, D)

@@ -95,6 +95,7 @@ def test_a_flag_without_effect_is_refused(argv, needed):
         "--objective.sample_eps 0.1 --sampling.sampler euler_maruyama",
         "--objective.time_distribution logit_normal --objective.time_mean 0",
         "--model.feed_forward.inference fixed --model.feed_forward.fixed_threshold 0.4",
+        "--model.feed_forward.name race --model.feed_forward.threshold_decay 0.99",
     ],
 )
 def test_a_flag_with_effect_is_taken(argv):

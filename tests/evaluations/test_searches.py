@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from config.load import to_plain
+from config.model import ModelConfig
+from config.schema import FEED_FORWARDS, Config
 from core.conditions import Condition
 from core.errors import UserError
 from data.vae import VAE, to_uint8
@@ -102,6 +104,9 @@ def test_flags_change_routing_for_sampling(trained):
     assert model.config.model.feed_forward.inference_capacity == 2.0
     with pytest.raises(UserError, match=r"fixed_threshold: 2.0 is not in \[0, 1\]"):
         load_pretrained(trained, routing={"inference": "fixed", "fixed_threshold": 2.0})
+    wanted = r"inference of .* diffmoe: 'threshold' is not allowed; wanted: 'topk', 'dynamic', 'fi"
+    with pytest.raises(UserError, match=wanted):  # a rule of Expert Race
+        load_pretrained(trained, routing={"inference": "threshold"})
 
 
 def test_tables_and_figures(trained, tmp_path, monkeypatch, capsys):
@@ -130,6 +135,27 @@ def test_tables_and_figures(trained, tmp_path, monkeypatch, capsys):
     paths[0].write_text("{}")
     with pytest.raises(UserError, match="no record of a set of samples"):
         read_rows(paths)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "shown"),
+    [
+        ("race", {"inference": "topk", "top_k": 2}, "topk 2"),
+        ("race", {}, "threshold"),
+        ("diffmoe", {"inference": "topk", "inference_capacity": 0.9}, "topk 0.9"),
+        ("expert_choice", {"capacity": 1.5}, "topk 1.5"),
+        ("promoe", {}, None),
+    ],
+)
+def test_a_row_says_how_its_layer_routed(name, changes, shown, tmp_path):
+    layer = FEED_FORWARDS[name](**changes)
+    config = to_plain(dataclasses.asdict(Config(model=ModelConfig(feed_forward=layer))))
+    record = {"config": config | {"run_dir": "runs/one"}, "sampler": "euler", "num_steps": 3}
+    record |= {"cfg_scale": 1.5, "per_proc_batch_size": 4, "capacity_infer": 2.0, "nfe": 6.0}
+    path = tmp_path / "of_earlier.json"
+    path.write_text(json.dumps(record | {"step": 100, "images_per_second": 2.0}))
+    (row,) = read_rows([path])
+    assert row["inference"] == shown
 
 
 def test_routing_gap_shows_both_rules_of_the_same_noise(trained, tmp_path, monkeypatch, capsys):

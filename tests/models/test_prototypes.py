@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from config.load import parse_config
 from config.model import ModelConfig
 from config.promoe import ProMoEConfig
+from core.conditions import Condition
 from core.errors import ConfigError
 from core.types import RouterContext
 from models.build import FEED_FORWARDS, build_model
@@ -205,6 +206,36 @@ def test_which_samples_have_no_class(classes):
     assert (record.counts[:, E] > 0).tolist() == [False, classes > 0]
 
 
+@pytest.mark.parametrize("classes", [0, 5])
+def test_which_samples_have_no_caption(classes):
+    """A class or a caption is a condition; in a model of text alone there is no class to have."""
+    layer = ProMoEConfig(num_experts=E)
+    shape = {"input_size": 8, "hidden_size": 16, "depth": 2, "num_heads": 2}
+    text = {"text_hidden_size": 6, "text_max_length": 4}
+    model = build_model(ModelConfig(**shape, **text, num_classes=classes, feed_forward=layer))
+    labels = torch.tensor([0, classes])
+
+    def alone(cond):
+        (record,) = model.float()(torch.randn(2, 4, 8, 8), torch.rand(2), cond).routing
+        return (record.counts[:, E] > 0).tolist()
+
+    caption = Condition.of_rows([torch.randn(2, 6)] * 2, 4, labels if classes else None)
+    assert alone(caption) == [False, False]
+    assert alone(model.null_condition(caption)) == [True, True]
+    assert alone(labels) == [classes == 0, True]
+
+
+def test_losses_of_the_routing_are_not_computed_in_evaluation(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr("models.moe.prototypes.contrastive_loss", refuse)
+    monkeypatch.setattr("models.moe.prototypes.masked_balance", refuse)
+    for options in (*CASES, {"balance_loss_weight": 1.0}):
+        module, x = make(**options)
+        module.eval()(x, RouterContext(unconditional=FREE))
+
+
 @pytest.mark.parametrize(
     ("flags", "wanted"),
     [
@@ -213,6 +244,10 @@ def test_which_samples_have_no_class(classes):
         ("--contrastive_loss_weight -1", "contrastive_loss_weight: -1.0 is negative"),
         ("--choice expert --balance_loss_weight 1", "means nothing where experts choose"),
         ("--choice expert --contrastive_top_k false", "it needs .*choice token"),
+        (
+            "--shared_mlp gelu --shared_intermediate_size -4",
+            "shared_intermediate_size: -4 does not fit shared_mlp 'gelu'; allowed: .* above 0",
+        ),
         ("--balance_per_sample true", "it needs .*balance_loss_weight above 0"),
         (
             "--contrastive_loss_weight 0 --contrastive_temperature 0.1",

@@ -93,6 +93,7 @@ SAME = {
         {"leading_dense": 2},
     ),
     "scheduled": (DiffMoEConfig(num_experts=E, capacity_schedule=(2, 9)), {}),
+    "promoe of all": (ProMoEConfig(num_experts=E, top_k=E, score="softmax"), {}),
     "race of all": (RaceConfig(num_experts=E, top_k=E, gate="softmax"), {}),
 }
 
@@ -104,7 +105,7 @@ def test_the_first_forward_is_the_dense_models(name, mlp, dense, tmp_path, monke
     told = []
     monkeypatch.setattr("training.checkpoint.log.info", lambda text, *a: told.append(text % a))
     old, new = dense(mlp), upcycled(tmp_path, layer, mlp=mlp, **changes)
-    assert [text for text in told if text.endswith("; the first forward is the dense model's")]
+    assert [text for text in told if text.endswith("there the first forward is the dense model's")]
     wanted, found = predictions(old, new)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert wanted.abs().max() > 0.1
@@ -123,7 +124,10 @@ DIFFERENT = {
         ExpertChoiceConfig(num_experts=E, renormalise="token"),
         "one, or to none where no expert takes it",
     ),
-    "promoe": (ProMoEConfig(num_experts=E, top_k=2, hidden_split=2), "what its router says"),
+    "promoe": (
+        ProMoEConfig(num_experts=E, top_k=2, hidden_split=2),
+        "sum to the scores of its e",
+    ),
     "race": (RaceConfig(num_experts=E, hidden_split=2), "scores of those that it wins"),
     "parts": (
         DeepSeekConfig(num_experts=E, expert_mlp=None, hidden_split=2),
@@ -201,7 +205,7 @@ def test_the_parts_of_an_mlp_sum_to_it(mlp, parts):
         (
             DiffMoEConfig(num_experts=E, intermediate_size=24),
             {},
-            "width 24 are not whole parts of MLPs of width 64",
+            "width 24 are not whole parts of MLPs of width 64; wanted: .*size that divides 64",
         ),
         (DiffMoEConfig(num_experts=E, intermediate_size=128), {}, "of width 128 are not whole"),
         (DiffMoEConfig(num_experts=3, hidden_split=2), {}, "3 experts cannot have the 2 parts"),

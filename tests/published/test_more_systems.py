@@ -290,6 +290,26 @@ def test_a_checkpoint_file_in_and_out(family, tmp_path):
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value", "wanted"),
+    [
+        ("promoe/S_flow", "num_classes", 7, r"num_classes: 7 has no counterpart .*; there: 1000"),
+        ("promoe/S_flow", "time_reversed", False, "time_reversed: False has no counterpart"),
+        ("promoe/S_ddpm", "qk_norm", "none", "time_scale: 1.0 has no counterpart"),
+        ("ditmoe/XL_E8", "time_reversed", False, "time_reversed: False has no counterpart"),
+        ("ditmoe/S_E8", "time_reversed", True, "time_reversed: True has no counterpart"),
+    ],
+)
+def test_weights_do_not_come_in_under_keys_that_turn_their_meaning(
+    name, key, value, wanted, tmp_path
+):
+    """Shapes fit whatever the times are, and a table of labels fits its own number of classes."""
+    config = ours(name)
+    setattr(config.model, key, value)
+    with pytest.raises(UserError, match=wanted):
+        import_official(tmp_path / "official.pt", config, tmp_path / "ours")
+
+
 def test_the_dense_layers_of_promoe_have_either_name():
     config = official_config("promoe_tc", FRESH["promoe_tc"] | {"use_swiglu": True})
     assert config == official_config("promoe_tc", FRESH["promoe_tc"])
