@@ -102,7 +102,7 @@ train | train: unknown; a value follows its flag
 --sampling.cfg_scale 2 --sampling.cfg_interval [1,0] | is empty; the first time must be below
 --parallel.shard_size 2 | --parallel.shard_size: has no effect here; it needs parallel.strategy fsdp
 --parallel.strategy zero | parallel.strategy: 'zero' is not allowed; wanted: 'ddp', 'fsdp', 'zero1'
---parallel.expert_parallel true | has no effect here; it needs parallel.strategy fsdp or zero1, and a
+--parallel.expert_parallel true | has no effect here; it needs parallel.strategy fsdp or zero1
 --parallel.strategy fsdp --parallel.expert_parallel true --train.compile true | go with train.comp
 --parallel.strategy zero1 --parallel.expert_parallel true --parallel.shard_size 1 | spreads experts
 --optim.ema_every 0 | optim.ema_every: 0 is too small
