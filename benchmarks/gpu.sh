@@ -7,6 +7,8 @@ out="${1:-benchmarks/results}"
 mkdir -p "$out"
 
 {
+    echo "== Correctness: recorded numbers, order of sums, backends, bf16, resumes"
+    python -m pytest -m gpu -q
     echo "== One layer, bf16, compiled: D = 1024, 65,536 tokens"
     python -m benchmarks.moe_layer --device cuda --precision bf16 --compile --hidden-size 1024 \
         --tokens 65536 --num-experts 4 16 64 --repeats 15 --out "$out/gpu_layer.json"

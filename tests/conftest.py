@@ -23,7 +23,43 @@ ROOT = Path(__file__).parents[1]
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores
     torch.set_num_threads(1)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SINGLE = Processes(0, 1, torch.device("cpu"))
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its cases are left out; the last line says how many."""
+    gone = [] if torch.cuda.is_available() else [i for i in items if i.get_closest_marker("gpu")]
+    if gone:
+        items[:] = [item for item in items if item not in set(gone)]
+        config.hook.pytest_deselected(items=gone)
+    config.stash[LEFT_OUT] = len(gone)
+    if hasattr(config, "workeroutput"):  # of a process of pytest-xdist
+        config.workeroutput["gpu cases left out"] = len(gone)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """What a process of pytest-xdist found; all find the same."""
+    found = getattr(node, "workeroutput", {}).get("gpu cases left out")
+    if found is not None:
+        node.config.stash[LEFT_OUT] = found
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """The count, after everything else."""
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} cases need a GPU; there is none here")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> torch.device:
+    """Where a test computes: on the CPU, and on a GPU where there is one."""
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

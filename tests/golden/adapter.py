@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -55,6 +56,8 @@ def recorded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in tensors.items() if k.startswith(("out.", "grad.", "after"))}
 
 
-def run_case(path: str | Path) -> dict[str, Tensor]:
-    """Every result of the file at `path`, computed anew."""
-    return case_of(*load_case(path)).run()
+def run_case(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Every result of the file at `path`, computed anew on a device."""
+    case = case_of(*load_case(path))
+    case.device = torch.device(device)
+    return case.run()

@@ -12,7 +12,13 @@ Tensors = dict[str, Tensor]
 
 
 class Case:
-    """One file: tensors, `config` and `info` of its metadata, and the results found so far."""
+    """One file: tensors, `config` and `info` of its metadata, and the results found so far.
+
+    Attributes:
+        device: where everything is computed; results are brought back.
+    """
+
+    device = torch.device("cpu")
 
     def __init__(self, tensors: Tensors, config: dict, metadata: dict[str, str]):
         self.tensors, self.config = tensors, config
@@ -21,12 +27,12 @@ class Case:
 
     def inputs(self, *names: str) -> list[Tensor]:
         """The tensors `in.<name>`."""
-        return [self.tensors[f"in.{name}"] for name in names]
+        return [self.tensors[f"in.{name}"].to(self.device) for name in names]
 
     def put(self, key: str, value: Tensor) -> None:
         """Keep a result where the file has one of that name, in its dtype."""
         if key in self.tensors:
-            self.results[key] = value.detach().clone().to(self.tensors[key].dtype)
+            self.results[key] = value.detach().clone().to("cpu", self.tensors[key].dtype)
 
     def wants(self, prefix: str) -> bool:
         """Whether the file has a key that begins so."""

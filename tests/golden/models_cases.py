@@ -19,8 +19,6 @@ from training import router_state
 from training.step import auxiliary_losses
 from transport.objective import Flow
 
-ALONE = Processes(0, 1, torch.device("cpu"))
-
 CHOOSING = ("dsmoe", "jit")
 """Families with DeepSeek-style routers."""
 
@@ -51,9 +49,14 @@ class ModelCase(Case):
             shape = {"input_size": config["arch_input_size"], "num_classes": config["num_classes"]}
             self.ctor = config["arch"] | shape
 
+    @property
+    def alone(self) -> Processes:
+        """One process."""
+        return Processes(0, 1, self.device)
+
     def model(self, training: bool) -> DiT:
         """A fresh copy with the recorded weights."""
-        return from_official(self.family, self.ctor, self.state).train(training)
+        return from_official(self.family, self.ctor, self.state).train(training).to(self.device)
 
     def cut(self, prediction: Tensor) -> Tensor:
         """SiT's model gives the first C channels only."""
@@ -184,7 +187,7 @@ class ModelCase(Case):
         def weighted(model: DiT) -> tuple[Tensor, list[RoutingRecord]]:
             output = model(x, t, y)
             prediction = self.cut(output.prediction)
-            loss = (prediction * self.tensors["in.loss_w"]).mean()
+            loss = (prediction * self.inputs("loss_w")[0]).mean()
             self.put("out.train", prediction)
             self.put("out.loss", loss)
             for block, record in self.by_block(output.routing) if output.routing else []:
@@ -259,7 +262,7 @@ class ModelCase(Case):
             return output
 
         terms = Flow().losses_at(noted, x, y, t, noise)
-        router_state.update(model, [terms.routing], ALONE)
+        router_state.update(model, [terms.routing], self.alone)
         self.put_state(prefix, model)
         return terms
 
@@ -278,7 +281,7 @@ class ModelCase(Case):
             self.put(f"out.capacity.it{step}", torch.tensor(capacity))
             self.put(f"out.k.it{step}", output.routing[0].plan.tokens_per_expert)
             self.put(f"out.model.it{step}", output.prediction)
-            router_state.update(model, [output.routing], ALONE)
+            router_state.update(model, [output.routing], self.alone)
             self.put_state(f"after.it{step}.", model)
 
     def two_ranks(self) -> None:
@@ -290,7 +293,7 @@ class ModelCase(Case):
             for part in torch.arange(len(x)).chunk(self.config["world_size"]):
                 outputs.append(model(x[part], t[part], y[part]))
         self.put("out.model", torch.cat([output.prediction for output in outputs]))
-        router_state.update(model, [output.routing for output in outputs], ALONE)
+        router_state.update(model, [output.routing for output in outputs], self.alone)
         self.put_state("after.", model)
         for i, block in enumerate(model.config.moe_blocks()):
             parts = [output.routing[i] for output in outputs]

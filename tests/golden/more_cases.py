@@ -60,13 +60,13 @@ class NoiseModelCase(ModelCase):
         self.put("out.eval.first", self.theirs(model(x[:1], self.times(t[:1]), y[:1]).prediction))
         for side in ("null", "cond"):
             if f"in.{side}_y" in self.tensors:
-                self.forward(f"eval_{side}", model, x, t, self.tensors[f"in.{side}_y"])
+                self.forward(f"eval_{side}", model, x, t, *self.inputs(f"{side}_y"))
         self.guided(model)
         if "out.sample" in self.tensors:
             self.sample(model)
         if "in.sample_t_normal" in self.tensors:
             flow = Flow(FlowConfig(time_distribution="logit_normal", time_mean=0.0, time_std=1.0))
-            uniform = torch.special.ndtr(-self.tensors["in.sample_t_normal"].double())
+            uniform = torch.special.ndtr(-self.inputs("sample_t_normal")[0].double())
             self.put("out.t_from_normal", 1 - flow.time_of(uniform))
 
     @contextmanager
@@ -156,7 +156,7 @@ class NoiseModelCase(ModelCase):
         def weighted(model: DiT) -> tuple[Tensor, list[RoutingRecord]]:
             output = model(x, self.times(t), y)
             prediction = self.theirs(output.prediction)
-            loss = (prediction * self.tensors["in.loss_w"]).mean()
+            loss = (prediction * self.inputs("loss_w")[0]).mean()
             self.put("out.train", prediction)
             self.put("out.loss", loss)
             for block, record in self.by_block(output.routing):

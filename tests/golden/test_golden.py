@@ -10,6 +10,7 @@ import torch
 from adapter import case_of, load_case, recorded, run_case
 from safetensors.torch import load_file
 
+from core.precision import exact_float32
 from published.weights import from_official, to_official
 
 FOLDER = Path(__file__).parent
@@ -24,10 +25,9 @@ def limit(key, value):
     return (1e-4 if loose else 1e-5) * value.abs().max().item()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_recorded_number(path):
+def check(path, device):
     wanted = recorded(load_case(path)[0])
-    found = run_case(path)
+    found = run_case(path, device)
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         assert found[key].shape == value.shape, key
@@ -36,6 +36,18 @@ def test_every_recorded_number(path):
             assert (found[key] - value).abs().max().item() <= limit(key, value), key
         else:
             assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_recorded_number(path):
+    check(path, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_recorded_number_of_models_on_a_gpu(path):
+    with exact_float32():
+        check(path, "cuda")
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
