@@ -17,6 +17,8 @@ from evaluations.geneval import COLUMNS, overall, read_results, task_scores
 
 NAMES = {"dense": "Dense", "diffmoe": "DiffMoE"}
 COLOURS = {"dense": "tab:grey", "diffmoe": "tab:red"}
+FIRST = 300
+"""Step that the figure begins with: before, all curves fall as one."""
 WINDOW = 5
 """Entries of the log that a point of a curve is the mean of."""
 
@@ -39,12 +41,19 @@ def main(folder: Path, out: Path) -> None:
         runs = sorted(folder.glob(f"{layer}_*"))
         curves = [curve(run) for run in runs]
         for seed, (steps, losses) in enumerate(curves):
-            axes.plot(steps, losses, color=COLOURS[layer], lw=1, label=None if seed else name)
+            shown = steps >= FIRST
+            axes.plot(
+                steps[shown],
+                losses[shown],
+                color=COLOURS[layer],
+                lw=1,
+                label=None if seed else name,
+            )
         scores = [task_scores(read_results(run / "results.jsonl")) for run in runs]
         columns = [[one[tag] for one in scores] for tag in TAGS]
         columns += [[overall(one) for one in scores], [losses[-1] for _, losses in curves]]
         rows.append([name, *map(_text, columns)])
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.set(xlabel="step", ylabel="loss")
     axes.set_title("Text-to-image in miniature: three seeds of each", fontsize=10)
     axes.legend(frameon=False)
     save_figure(figure, out)
