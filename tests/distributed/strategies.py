@@ -147,7 +147,7 @@ def main(out: Path, *data: str) -> None:
         run("promoe_fsdp_recomputing", **PROMOE, **fsdp, **again)
         spread = {"parallel__expert_parallel": True}
         for name, layer in SPREAD.items():
-            run(f"{name}_spread", **layer, **fsdp, **spread)
+            run(f"{name}_spread", **layer, **fsdp, **spread, train__val_every=3, **grids)
         run("deepseek_spread_zero1", **SPREAD["deepseek"], **zero1, **spread, **again)
         way = {"parallel__strategy": "ddp"}
         for steps, more in ((2, way), (4, fsdp | spread), (STEPS, zero1)):

@@ -112,7 +112,7 @@ def assert_alike(one, other):
     assert one.keys() == other.keys()
     for key, tensor in one.items():
         ways = [
-            t.unflatten(0, (3, -1))[[0, 2]] if "qkv.bias" in key else t
+            t.unflatten(0, (3, -1))[[0, 2]] if "qkv.bias" in key and t.dim() else t
             for t in (other[key], tensor)
         ]
         torch.testing.assert_close(*ways, rtol=1e-3, atol=1e-5, msg=key)
@@ -139,7 +139,8 @@ def test_further_layers_train_alike_on_any_number_of_processes(runs, data, tmp_p
 def spread_alone(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
     for name, layer in SPREAD.items():
-        train(parse_config(flags(out / name, *data, **layer), "train.py"), ALONE)
+        argv = flags(out / name, *data, **layer, train__val_every=3)
+        train(parse_config(argv, "train.py"), ALONE)
     return out
 
 
@@ -159,6 +160,16 @@ def test_experts_on_two_processes_are_those_of_one(runs, spread_alone, name):
             assert second[key] == pytest.approx(first[key], rel=1e-5), key
     for kind in ("model", "ema", "optimizer"):
         assert_alike(weights(one, kind), weights(other, kind))
+    if name.endswith("_spread"):
+        wanted, found = (validations(run) for run in (one, other))
+        assert wanted == pytest.approx(found, rel=1e-4)
+        assert wanted.keys() == {3, 6}
+
+
+def validations(run):
+    """Loss of each by its step."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {entry["step"]: entry["val/loss"] for entry in lines if "val/loss" in entry}
 
 
 @pytest.mark.slow
