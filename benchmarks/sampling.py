@@ -58,7 +58,9 @@ def ways_of(
 
         return go
 
-    def sampler(kind: type[Sampler] = Sampler, bf16: bool = False, compiled: bool = False):
+    def sampler(
+        kind: type[Sampler] = Sampler, bf16: bool = False, compiled: bool = False
+    ) -> Sampler:
         made = kind.of(copy.deepcopy(pretrained), device=device)
         made.bf16 = bf16
         if compiled:

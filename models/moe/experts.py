@@ -76,9 +76,9 @@ class Experts(nn.Module):
 
         Args:
             tokens: (T, D).
-            plan: which of them go to whom; one of some experts only begins with number `first`.
+            plan: which of them go to whom.
             places: of the plan.
-            first: see there.
+            first: number of the plan's first expert, where it is of some experts only.
         """
         x = tokens.to(product_dtype(tokens))  # before they are gathered: half the memory in bf16
         weights = [own_part(w) for w in (self.w1, self.b1, self.w2, self.b2)]

@@ -100,7 +100,8 @@ class MoEFeedForward(nn.Module):
         rows = gather(tokens.to(product_dtype(tokens)), plan, places)  # (N, D)
         rows, local, way = self.exchange.deliver(rows, plan)  # (M, D)
         outputs = self.experts(rows, local, places_of(local, len(rows)))  # expert by expert
-        outputs = way.back(outputs[local.token_index.argsort()])  # process by process, and home
+        arrived = outputs.index_select(0, local.token_index.argsort())  # process by process again
+        outputs = way.back(arrived)
         return combine(outputs, plan, places)
 
     def forward(

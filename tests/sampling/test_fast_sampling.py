@@ -114,3 +114,23 @@ def test_guidance_settings_still_rule(monkeypatch):
     joint, _, sizes = batches_seen(made)
     assert sizes == [10, 10, 10]
     assert not torch.allclose(joint, apart, atol=1e-3)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_captions_and_negative_prompts_share_a_call_too(negative, monkeypatch):
+    """Of other lengths than the caption."""
+    torch.manual_seed(0)
+    text = {"num_classes": 0, "text_hidden_size": 12, "text_max_length": 7}
+    model = build_model(ModelConfig(**SHAPE, **text, feed_forward=DenseConfig())).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.set_null_text(torch.randn(2, 12))
+    settings = SamplingConfig(sampler="euler", num_steps=3, cfg_scale=2.0)
+    made = Sampler(model, Flow(), settings, (4, 4, 4), 7, torch.device("cpu"))
+    if negative:
+        made.negative = Condition.of_rows([torch.randn(3, 12)], 7)
+    cond = Condition.of_rows([torch.randn(n, 12) for n in (5, 1, 7)], 7)
+    found = made.latents(range(3), cond)[0]
+    monkeypatch.setattr(DenseConfig, "sampling_sees_batch", lambda self: True)
+    wanted = made.latents(range(3), cond)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
