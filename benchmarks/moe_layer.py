@@ -6,6 +6,9 @@ training pass (forward and backward) and of inference as ratios, and memory for 
 against a dense layer of its kind as wide as the experts of a token and the shared one together.
 `--family race` takes those of Expert Race, whose race and two losses come on top of experts that
 are together as wide as the dense layer, and expert choice with weights renormalised for each token.
+
+Beside each stands what no layer with such experts can do without: their products and activations
+alone, on rows that lie ready, as many for each expert.
 """
 
 import argparse
@@ -37,8 +40,11 @@ from config.promoe import ProMoEConfig
 from config.race import RaceConfig
 from core.command_line import Parser, file_to_write, positive
 from core.errors import command
+from core.heap import freed_memory_kept
 from core.types import RouterContext, RoutingRecord
 from models.build import FEED_FORWARDS
+from models.moe.dispatch import batched_product
+from models.moe.layer import MoEFeedForward
 from models.moe.race import RaceRouter
 
 SAMPLE = 256
@@ -172,6 +178,39 @@ FAMILIES = {
 }
 
 
+class Products(nn.Module):
+    """The products and activations of a layer's experts, of all that it does.
+
+    Args:
+        layer: whose weights are used.
+        tokens: that its experts share, T.
+    """
+
+    def __init__(self, layer: MoEFeedForward, tokens: int):
+        super().__init__()
+        self.experts, self.shared = layer.experts, layer.shared
+        E, D, _ = self.experts.w1.shape
+        count = round(layer.experts_per_token * tokens / E)
+        self.rows = nn.Parameter(torch.randn(E, count, D, device=self.experts.w1.device))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """(1,) mean of all outputs; `x` (B, S, D) is for the shared layer."""
+        experts = self.experts
+        h = experts.activate(batched_product(self.rows, experts.w1, experts.b1))
+        mean = batched_product(h, experts.w2, experts.b2).mean()
+        return mean if self.shared is None else mean + self.shared(x)[0].mean(), None
+
+
+def products_of(modules: dict[str, nn.Module], x: Tensor) -> dict[str, Products]:
+    """For each layer with experts, its bare products."""
+    tokens = x.shape[0] * x.shape[1]
+    return {
+        f"products of {name}": Products(module, tokens)
+        for name, module in modules.items()
+        if isinstance(module, MoEFeedForward) and not name.endswith(", loop")
+    }
+
+
 def settle(module: nn.Module, x: Tensor) -> None:
     """Put the thresholds where inference on `x` takes as many pairs as the config says."""
     router = getattr(module, "router", None)
@@ -241,6 +280,9 @@ def compare(flags: argparse.Namespace) -> list[dict]:
     modules, dense = FAMILIES[flags.family](flags)
     for module in modules.values():
         settle(module, x)
+    bare = products_of(modules, x)
+    dense |= {name: dense[name.removeprefix("products of ")] for name in bare}
+    modules |= bare
     train = alternate({n: training(m, x, bf16) for n, m in modules.items()}, flags.repeats, device)
     infer = alternate({n: inference(m, x, bf16) for n, m in modules.items()}, flags.repeats, device)
     memory = {n: activation_memory(forward_only(m, x, bf16), m, device) for n, m in modules.items()}
@@ -289,6 +331,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 @command
+@freed_memory_kept()
 def main(argv: list[str] | None = None) -> None:
     """Measure and report, for each number of experts."""
     flags = parse_flags(argv)

@@ -104,6 +104,18 @@ NEEDS = (
     Need("train", "keep_every", lambda c: c.train.keep_last > 0, "train.keep_last above 0"),
     Need(
         "parallel",
+        "param_dtype",
+        lambda c: c.parallel.strategy != "ddp" and c.train.precision == "bf16",
+        "parallel.strategy fsdp or zero1, and train.precision bf16",
+    ),
+    Need(
+        "parallel",
+        "prefetch",
+        lambda c: c.parallel.strategy != "ddp",
+        "parallel.strategy fsdp or zero1",
+    ),
+    Need(
+        "parallel",
         "shard_size",
         lambda c: c.parallel.strategy != "ddp",
         "parallel.strategy fsdp or zero1",

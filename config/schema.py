@@ -199,11 +199,22 @@ class ParallelConfig:
             GPUs of a node (hybrid sharding); by default all.
         expert_parallel: every process keeps its share of the experts, and tokens travel to them,
             instead of weights to the tokens.
+        param_dtype: numbers in which the weights of matrix products travel, where they are
+            sharded: with `bf16` half as much does, and the products, which are in bf16 then too,
+            stay what they are. Routers and all that sees the time keep float32.
+        reduce_dtype: numbers in which gradients are added up over the processes; `bf16` rounds
+            them.
+        prefetch: blocks whose weights are fetched while an earlier one computes, where they are
+            sharded. By default the host runs ahead and asks for the next one by itself, which it
+            cannot where a layer waits for the counts of its experts.
     """
 
     strategy: Literal["ddp", "fsdp", "zero1"] = "ddp"
     shard_size: int | None = None
     expert_parallel: bool = False
+    param_dtype: Literal["fp32", "bf16"] = "fp32"
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    prefetch: int = 0
 
 
 @dataclass

@@ -156,6 +156,8 @@ def _check_batch(config: Config, world_size: int) -> None:
 def _check_parallel(config: Config, world_size: int | None) -> None:
     if config.parallel.expert_parallel:
         _check_expert_parallel(config, world_size)
+    ahead = config.parallel.prefetch
+    require(ahead >= 0, f"parallel.prefetch: {ahead} is negative; allowed: 0 or more")
     size = config.parallel.shard_size
     if size is None or config.parallel.strategy == "ddp":
         return

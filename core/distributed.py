@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.errors import UserError
+from core.heap import freed_memory_kept
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,9 @@ def processes(
             timeout=timedelta(seconds=timeout),
             **_meeting_place(rank, world),
         )
+    heap = freed_memory_kept() if place.type == "cpu" else nullcontext()
     try:
-        with losses_named():
+        with losses_named(), heap:
             yield Processes(rank, world, place)
     finally:
         torch.set_num_threads(threads)

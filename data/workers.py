@@ -8,10 +8,11 @@ from typing import Any
 
 from core.distributed import LOST
 from core.errors import UserError
+from core.heap import keep_freed_memory
 
 
 def steady(number: int) -> None:
-    """Let only the parent end this process: the `worker_init_fn` of every loader.
+    """Let only the parent end this process, and give memory back: every loader's `worker_init_fn`.
 
     Ctrl-C in a terminal reaches all processes of a job, and so does the SIGTERM of many
     schedulers. A reader that died of them would take the training process with it while that is
@@ -20,6 +21,8 @@ def steady(number: int) -> None:
     Args:
         number: of the worker; the same is done in all.
     """
+    # Batches come and go in many sizes here, and what they leave would pile up.
+    keep_freed_memory(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +25,7 @@ from models.build import build_model
 from models.compiled import compile_blocks
 from models.dit import DiT
 from models.moe.exchange import Exchange
+from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
 
 log: logging.Logger = get_logger("train")
@@ -93,14 +95,42 @@ def shard(model: DiT, config: Config, processes: Processes) -> None:
     # A root is needed again at once, in the backward pass, which None knows.
     freed = False if config.parallel.strategy == "zero1" else None
     apart = _spread_experts(model, mesh) if config.parallel.expert_parallel else set()
-    for part in (*model.blocks, model):
-        fully_shard(
-            part,
-            mesh=mesh,
-            shard_placement_fn=_placement(mesh),
-            reshard_after_forward=freed,
-            ignored_params=apart,
-        )
+    how = {
+        "mesh": mesh,
+        "shard_placement_fn": _placement(mesh),
+        "reshard_after_forward": freed,
+        "ignored_params": apart,
+    }
+    groups = []
+    for block in model.blocks:
+        parts = products(block) if config.parallel.param_dtype == "bf16" else []
+        if parts:
+            fully_shard(parts, mp_policy=_policy(config, torch.bfloat16), **how)
+        fully_shard(block, mp_policy=_policy(config), **how)
+        groups.append([block, *parts[:1]])
+    fully_shard(model, mp_policy=_policy(config), **how)
+    _prefetch(groups, config.parallel.prefetch)
+
+
+def products(block: nn.Module) -> list[nn.Module]:
+    """The parts of a block whose weights meet only matrix products, in bf16 under autocast."""
+    aside = (block.modulation, getattr(block.feed_forward, "router", None))
+    exact = {part for one in aside if one is not None for part in one.modules()}
+    return [m for m in block.modules() if isinstance(m, nn.Linear | Experts) and m not in exact]
+
+
+def _policy(config: Config, gathered: torch.dtype | None = None) -> MixedPrecisionPolicy:
+    """In what weights and gradients travel; what modules are called with stays as it is."""
+    reduced = torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else torch.float32
+    return MixedPrecisionPolicy(gathered, reduced, cast_forward_inputs=False)
+
+
+def _prefetch(groups: list[list[nn.Module]], ahead: int) -> None:
+    """Let each of the blocks, given with their parts, fetch the weights of some that follow."""
+    for i, (block, *_) in enumerate(groups if ahead else []):
+        later, earlier = groups[i + 1 : i + 1 + ahead], groups[max(i - ahead, 0) : i][::-1]
+        block.set_modules_to_forward_prefetch([part for group in later for part in group])
+        block.set_modules_to_backward_prefetch([part for group in earlier for part in group])
 
 
 def _spread_experts(model: DiT, mesh: DeviceMesh) -> set[nn.Parameter]:
@@ -155,12 +185,15 @@ def prepare(model: DiT, config: Config, processes: Processes) -> nn.Module:
     # Buffers are the same everywhere. The switch has a new name since torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[processes.device] if cuda else None,
         gradient_as_bucket_view=True,
         **{sync: False},
     )
+    if config.parallel.reduce_dtype == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return wrapped
 
 
 @contextmanager

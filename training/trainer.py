@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -252,7 +253,12 @@ class Trainer:
         refusal = self.processes.from_main(refusal)
         if refusal is not None:
             raise UserError(refusal)
-        return [build_sharded(self.config, self.processes, whole) for _ in range(count)]
+        # Averages are looked at in float32.
+        exact = replace(self.config, parallel=replace(self.config.parallel, param_dtype="fp32"))
+        return [
+            build_sharded(self.config if first else exact, self.processes, whole)
+            for first in [True, *[False] * (count - 1)]
+        ]
 
     def _write_what_is_due(self, telemetry: Telemetry, stop: StopRequest) -> None:
         train, step = self.config.train, self.state.step

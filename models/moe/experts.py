@@ -113,7 +113,7 @@ class Experts(nn.Module):
             h = batched_product(gather(x, plan, places).view(len(w1), -1, x.shape[1]), w1, b1)
         else:
             h = GatheredProduct.apply(x, plan.token_index, *places, w1, b1)  # (E, K, H or 2 H)
-        return batched_product(self._activate(h), w2, b2).flatten(0, 1)
+        return batched_product(self.activate(h), w2, b2).flatten(0, 1)
 
     def _loop(
         self, x: Tensor, sizes: list[int], w1: Tensor, b1: Bias, w2: Tensor, b2: Bias
@@ -126,7 +126,7 @@ class Experts(nn.Module):
         for rows, in_weight, in_bias, out_weight, out_bias in zip(
             x.split(sizes), *parts, strict=True
         ):
-            h = self._activate(_affine(rows, in_weight, in_bias))
+            h = self.activate(_affine(rows, in_weight, in_bias))
             outputs.append(_affine(h, out_weight, out_bias))
         return torch.cat(outputs)
 
@@ -142,9 +142,10 @@ class Experts(nn.Module):
             y = F.grouped_mm(x.to(dtype), weight.to(dtype), offs=offsets)
             return y if bias is None else y + bias.to(dtype).index_select(0, expert)
 
-        return product(self._activate(product(x, w1, b1)), w2, b2)
+        return product(self.activate(product(x, w1, b1)), w2, b2)
 
-    def _activate(self, h: Tensor) -> Tensor:
+    def activate(self, h: Tensor) -> Tensor:
+        """Hidden features (..., H) of the first product's outputs (..., H or 2 H)."""
         if self.mlp == "gelu":
             h = F.gelu(h, approximate="tanh")
         elif self.mlp == "silu":

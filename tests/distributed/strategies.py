@@ -138,7 +138,14 @@ def main(out: Path, *data: str) -> None:
             (STEPS, "ddp"),
         ):
             run("changing", parallel__strategy=strategy, train__max_steps=steps)
-        run("bf16", train__precision="bf16")
+        bf16 = {"train__precision": "bf16"}
+        run("bf16", **bf16)
+        run("fsdp_bf16", **bf16, **fsdp)
+        for name, way in (("fsdp", fsdp), ("zero1", zero1)):
+            run(f"{name}_bf16_gathered", **bf16, **way, parallel__param_dtype="bf16")
+        run("fsdp_prefetched", **fsdp, parallel__prefetch=2, **again)
+        run("fsdp_reduced", **fsdp, parallel__reduce_dtype="bf16")
+        run("ddp_reduced", parallel__reduce_dtype="bf16")
         run("jitmoe", **JITMOE)
         run("jitmoe_fsdp", **JITMOE, **fsdp)
         run("jitmoe_fsdp_recomputing", **JITMOE, **fsdp, **again)

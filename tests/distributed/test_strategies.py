@@ -41,7 +41,7 @@ def weights(run, name="ema"):
 
 
 NAMES = ["fsdp", "ddp_logging", "hybrid", "ddp_recomputing", "fsdp_recomputing", "changing"]
-NAMES += ["zero1", "zero1_recomputing"]
+NAMES += ["zero1", "zero1_recomputing", "fsdp_prefetched"]
 
 
 @pytest.mark.slow
@@ -225,3 +225,27 @@ def test_bf16_trains_float32_weights(runs):
     assert all(other == pytest.approx(one, rel=0.05) for one, other in losses)
     assert any(one != other for one, other in losses)
     assert {tensor.dtype for tensor in weights(runs / "bf16", "model").values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp_bf16_gathered", "zero1_bf16_gathered"])
+def test_weights_that_travel_in_bf16_change_no_bit(runs, name):
+    """They would be rounded where they are used; what must be float32 travels so."""
+    for one, other in zip(entries(runs / "fsdp_bf16"), entries(runs / name), strict=True):
+        for key in ("loss/loss", "loss/capacity", "grad_norm", "mean_threshold/moe_layer_0"):
+            assert other[key] == one[key], key
+    for kind in ("model", "ema", "optimizer"):
+        wanted, found = weights(runs / "fsdp_bf16", kind), weights(runs / name, kind)
+        for key, tensor in wanted.items():
+            assert torch.equal(found[key], tensor), f"{kind}: {key}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp_reduced", "ddp_reduced"])
+def test_gradients_added_up_in_bf16_are_rounded(runs, name):
+    wanted, found = entries(runs / "ddp"), entries(runs / name)
+    exact, rounded = wanted[0]["grad_norm"], found[0]["grad_norm"]
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=2**-8)
+    assert found[0]["loss/loss"] == pytest.approx(wanted[0]["loss/loss"], rel=1e-5)
+    assert found[-1]["loss/loss"] == pytest.approx(wanted[-1]["loss/loss"], rel=0.02)
