@@ -57,6 +57,37 @@ def check_disk(flag: str, count: int, bytes_each: int, folder: Path) -> None:
         )
 
 
+SHARED_MEMORY = Path("/dev/shm")
+"""Where batches of loader processes travel."""
+PREFETCHED = 2
+"""Batches that each of torch's loader processes reads ahead."""
+
+
+def check_shared_memory(flag: str, workers: int, bytes_each: int) -> None:
+    """Refuse loader processes whose batches do not fit into the memory that processes share.
+
+    Containers have 64 MB of it by default, and a process that finds it full dies of a bus error.
+
+    Args:
+        flag: that says how many, for the message.
+        workers: processes, each of which reads `PREFETCHED` batches ahead.
+        bytes_each: of a batch.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    wanted, free = workers * PREFETCHED * bytes_each, shutil.disk_usage(SHARED_MEMORY).free
+    if wanted > free:
+        most = free // (PREFETCHED * bytes_each)
+        raise ConfigError(
+            f"{flag}: batches of {workers} reading process(es) need {_giga(wanted)} of shared "
+            f"memory, {SHARED_MEMORY} has {_giga(free)}; allowed: at most {most}, or more of it "
+            "(docker run --shm-size 8g)"
+        )
+
+
 def check_out_folder(flag: str, folder: Path) -> None:
     """Refuse a folder that is something else, or cannot be made or written to, by trying it.
 

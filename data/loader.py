@@ -1,11 +1,14 @@
 """Batches of latents for one training process."""
 
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from config.schema import Config
 from core.distributed import Processes
+from core.limits import check_shared_memory
 from data.dataset import Batch, TrainingData
 from data.sampler import MicroBatches, Position, Shuffled, ShuffledShards
 from data.workers import steady
@@ -14,7 +17,11 @@ from data.workers import steady
 def training_batches(
     data: TrainingData, config: Config, processes: Processes, position: Position, steps: int
 ) -> Iterator[Batch]:
-    """Micro-batches (latents (B, C, H, W), conditions) of `steps` steps from `position` on."""
+    """Micro-batches (latents (B, C, H, W), conditions) of `steps` steps from `position` on.
+
+    Raises:
+        UserError: the memory that processes share cannot hold the batches.
+    """
     if config.data.order == "shards":
         order = ShuffledShards(data.source.shards, config.data.shuffle_window, config.seed)
     else:
@@ -29,6 +36,9 @@ def training_batches(
         steps,
     )
     workers = config.data.num_workers
+    if workers:
+        each = config.train.micro_batch_size * bytes_of(data.__getitems__([(0, 0)]))
+        check_shared_memory("data.num_workers", workers, each)
     loader = DataLoader(
         data,
         batch_sampler=micro_batches,
@@ -40,6 +50,15 @@ def training_batches(
         pin_memory=processes.device.type == "cuda",
     )
     return map(data.finish, loader)
+
+
+def bytes_of(fetched: object) -> int:
+    """Of the tensors in what a data set fetched."""
+    if isinstance(fetched, Tensor):
+        return fetched.nbytes
+    if is_dataclass(fetched):
+        return sum(bytes_of(getattr(fetched, field.name)) for field in fields(fetched))
+    return sum(map(bytes_of, fetched)) if isinstance(fetched, tuple) else 0
 
 
 def _as_it_is(batch: object) -> object:
