@@ -99,6 +99,52 @@ def batched_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.baddbmm(bias[:, None], x, weight)
 
 
+class SegmentedProduct(torch.autograd.Function):
+    """Rows of several experts, each expert's times its weight plus its bias; any counts.
+
+    Every expert's part is written where it belongs: joining parts that were made one by one would
+    copy outputs and gradients, those of all weights among them.
+
+    Args:
+        rows: (N, in), sorted by expert.
+        sizes: rows of each expert.
+        weight: (E, in, out), in the precision of the rows.
+        bias: (E, out) or None.
+
+    Returns:
+        (N, out).
+    """
+
+    @staticmethod
+    def forward(ctx, rows, sizes, weight, bias):
+        ctx.save_for_backward(rows, weight)
+        ctx.sizes, ctx.biased = sizes, bias is not None
+        y = rows.new_empty(len(rows), weight.shape[2])
+        for expert, (some, out) in enumerate(zip(rows.split(sizes), y.split(sizes), strict=True)):
+            if bias is None:
+                torch.mm(some, weight[expert], out=out)
+            else:
+                torch.addmm(bias[expert], some, weight[expert], out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight = ctx.saved_tensors
+        needs, parts = ctx.needs_input_grad, grad.split(ctx.sizes)
+        of_rows = of_weight = of_bias = None
+        if needs[0]:
+            of_rows = torch.empty_like(rows)
+            for out, part, one in zip(of_rows.split(ctx.sizes), parts, weight, strict=True):
+                torch.mm(part, one.T, out=out)
+        if needs[2]:
+            of_weight = torch.empty_like(weight)
+            for out, part, some in zip(of_weight, parts, rows.split(ctx.sizes), strict=True):
+                torch.mm(some.T, part, out=out)
+        if ctx.biased:
+            of_bias = torch.stack([part.sum(dim=0) for part in parts])
+        return of_rows, None, of_weight, of_bias
+
+
 # Operators of our own: the library's gradients add by index, in any order on GPUs, and compiled
 # graphs with any number of pairs take these as they are.
 

@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.types import RoutingPlan
-from models.moe.dispatch import GatheredProduct, Places, batched_product, gather
+from models.moe.dispatch import (
+    GatheredProduct,
+    Places,
+    SegmentedProduct,
+    batched_product,
+    gather,
+)
 from models.moe.exchange import own_part
 
 Bias = Tensor | None
@@ -119,16 +125,9 @@ class Experts(nn.Module):
         self, x: Tensor, sizes: list[int], w1: Tensor, b1: Bias, w2: Tensor, b2: Bias
     ) -> Tensor:
         """Counts that vary, down to none: one expert after the other."""
-        # Unbound at once: a slice for each expert would cost a gradient of full size each.
-        empty = [None] * len(sizes)
-        parts = [empty if w is None else w.unbind() for w in (w1, b1, w2, b2)]
-        outputs = []
-        for rows, in_weight, in_bias, out_weight, out_bias in zip(
-            x.split(sizes), *parts, strict=True
-        ):
-            h = self.activate(_affine(rows, in_weight, in_bias))
-            outputs.append(_affine(h, out_weight, out_bias))
-        return torch.cat(outputs)
+        w1, b1, w2, b2 = (None if w is None else w.to(x.dtype) for w in (w1, b1, w2, b2))
+        h = self.activate(SegmentedProduct.apply(x, sizes, w1, b1))
+        return SegmentedProduct.apply(h, sizes, w2, b2)
 
     def _grouped(
         self, x: Tensor, plan: RoutingPlan, w1: Tensor, b1: Bias, w2: Tensor, b2: Bias
@@ -160,8 +159,3 @@ def product_dtype(x: Tensor) -> torch.dtype:
     """In which matrix products of `x` are computed."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Bias) -> Tensor:
-    """x (K, in) times weight (in, out) plus bias (out,)."""
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
