@@ -3,7 +3,8 @@
 Samples per second in random order, shards of a cache against one published `.npz` for each image:
 the bare gather, and batches ready to train on (posterior draw, scale, flip, float32), with 0 to 2
 loader processes, from the page cache and from the disk; private memory of a loader process; and
-the time to open a cache as large as ImageNet's.
+the time to open a cache as large as ImageNet's. With --device cuda also batches that have arrived
+on the GPU by way of pinned memory.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from benchmarks.measure import alternate, machine, report
+from benchmarks.measure import alternate, device_here, machine, report
 from core.command_line import Parser, file_to_write, folder, positive
 from core.errors import command
 from data.dataset import LatentDataset
@@ -123,9 +124,26 @@ def read(data: Dataset, work: list, workers: int) -> Callable[[], None]:
     return go
 
 
-def loader(data: Dataset, work: list, workers: int) -> DataLoader:
+def loader(data: Dataset, work: list, workers: int, pinned: bool = False) -> DataLoader:
     """As training has it."""
-    return DataLoader(data, batch_sampler=work, num_workers=workers, collate_fn=as_it_is)
+    return DataLoader(
+        data,
+        batch_sampler=work,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        pin_memory=pinned,
+    )
+
+
+def send(data: Dataset, work: list, workers: int, device: torch.device) -> Callable[[], None]:
+    """A pass over `work` to the GPU."""
+
+    def go() -> None:
+        for latents, cond in loader(data, work, workers, pinned=True):
+            latents.to(device, non_blocking=True)
+            cond.to(device, non_blocking=True)
+
+    return go
 
 
 def evict(folder: Path) -> None:
@@ -203,7 +221,20 @@ def table(root: Path, flags: argparse.Namespace) -> list[dict]:
                     {"what": f"{what}, warm", "format": name, "workers": workers}
                     | {"samples/s": round(rate), "x npz": rate / rates["npz"]}
                 )
+    if flags.device != "cpu":
+        rows += arriving(LatentDataset(cache, 0), work, flags)
     return rows + cold(root, few, flags)
+
+
+def arriving(data: Dataset, work: list, flags: argparse.Namespace) -> list[dict]:
+    """Rows of batches on the GPU."""
+    device = torch.device(flags.device)
+    calls = {str(workers): send(data, work, workers, device) for workers in range(3)}
+    return [
+        {"what": "on the GPU, warm", "format": "shards", "workers": int(workers)}
+        | {"samples/s": round(sum(map(len, work)) / seconds), "x npz": ""}
+        for workers, seconds in alternate(calls, flags.repeats, device).items()
+    ]
 
 
 def cold(root: Path, work: list, flags: argparse.Namespace) -> list[dict]:
@@ -250,17 +281,23 @@ def scattered(root: Path, flags: argparse.Namespace) -> dict[str, float]:
     }
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Parse the command line, measure and report."""
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = Parser("benchmarks.latent_loader", __doc__)
+    parser.add_argument("--device", type=device_here, default="cpu", help="where batches go")
     parser.add_argument("--images", type=positive, default=20_000, help="latents in the cache")
     parser.add_argument("--batch-size", type=positive, default=256, help="latents of a batch")
     parser.add_argument("--shard-size", type=positive, default=4096, help="images per file")
     parser.add_argument("--repeats", type=positive, default=5, help="rounds; the median counts")
     parser.add_argument("--dir", type=folder, help="where files are written; a temporary folder")
     parser.add_argument("--out", type=file_to_write, help="JSON file to write")
-    flags = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Measure and report."""
+    flags = parse_flags(argv)
     torch.set_num_threads(1)  # as in a loader process
     with tempfile.TemporaryDirectory(dir=flags.dir) as name:
         root = Path(name)
@@ -273,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
             "s to open 1,281,167 images": opening_seconds(root, IMAGENET, flags.shard_size),
             **scattered(root, flags),
         }
-    settings = vars(flags) | machine(CPU)
+    settings = vars(flags) | machine(torch.device(flags.device))
     settings = {key: str(value) for key, value in settings.items() if key not in ("out", "dir")}
     report(f"{flags.images} latents, batches of {flags.batch_size}", rows, settings, flags.out)
     report("", [{"": name, "value": value} for name, value in facts.items()], {}, None)

@@ -15,6 +15,27 @@ from torch import nn
 
 from core.files import complete_file
 
+PEAKS = {
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "L40": 181,
+    "A10": 125,
+}
+"""TFLOP/s of dense bf16 matrix products by NVIDIA's data sheets, by part of the GPU's name."""
+
+
+def sheet_peak(name: str) -> float | None:
+    """FLOP/s in bf16 that the data sheet of a GPU promises; None where it is not in the table."""
+    words = name.replace("-", " ").split()
+    known = (tera for part, tera in PEAKS.items() if set(part.split()) <= set(words))
+    tera = next(known, None)
+    return None if tera is None else 1e12 * tera
+
 
 def default_device() -> str:
     """A GPU where there is one."""

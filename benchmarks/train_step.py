@@ -2,7 +2,8 @@
 
 The whole optimizer step of one process on random latents (forward, backward, clipping, optimizer,
 thresholds, averages) for each config, as ratios to the first one: time, images/s, memory, and MFU
-against a matrix product measured in the same run.
+against a matrix product measured in the same run, and on known GPUs against the data sheet's peak
+in bf16. --trace writes one step of the last config for a viewer of Chrome traces.
 """
 
 import argparse
@@ -10,12 +11,20 @@ import copy
 import dataclasses
 import itertools
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import alternate, default_device, device_here, machine, report
+from benchmarks.measure import (
+    alternate,
+    default_device,
+    device_here,
+    machine,
+    report,
+    sheet_peak,
+)
 from config.files import find_config
 from config.load import load_config
 from config.model import ModelConfig
@@ -24,6 +33,8 @@ from core.command_line import Parser, file_to_write, positive
 from core.conditions import Condition
 from core.distributed import Processes
 from core.errors import command
+from core.files import complete_file
+from core.heap import freed_memory_kept
 from models.build import build_model
 from sampling.objectives import build_objective
 from training.ema import EMA
@@ -100,13 +111,26 @@ def measure(name: str, flags: argparse.Namespace, device: torch.device) -> dict:
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rate = matmul_rate(device, torch.bfloat16 if flags.precision == "bf16" else torch.float32)
     flops = training_flops(config.model) * flags.batch_size
+    peak = sheet_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return {
         "seconds": seconds,
         "img/s": flags.batch_size / seconds,
         "GiB": memory / 2**30,
         "GFLOP/img": flops / flags.batch_size / 1e9,
         "MFU": flops / seconds / rate,
+        "MFU by data sheet": "" if peak is None else flops / seconds / peak,
     }
+
+
+def trace(call: Callable[[], object], path: Path) -> None:
+    """Write what the host and the GPU do in one call, and print what takes longest."""
+    with torch.profiler.profile() as profiler:
+        call()
+    with complete_file(path) as temporary:
+        profiler.export_chrome_trace(str(temporary))
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    table = profiler.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=25)
+    sys.stdout.write(f"{table}\n")
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
@@ -121,10 +145,12 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the blocks")
     add("--repeats", type=positive, default=7, help="steps of each config in each of two rounds")
     add("--out", type=file_to_write, help="JSON file")
+    add("--trace", type=file_to_write, help="JSON file of one step of the last config")
     return parser.parse_args(argv)
 
 
 @command
+@freed_memory_kept()
 def main(argv: list[str] | None = None) -> None:
     """Measure all configs forwards and backwards, and report the better round of each."""
     flags = parse_flags(argv)
@@ -142,6 +168,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = {k: str(v) for k, v in vars(flags).items()} | machine(place)
     title = f"batch {flags.batch_size}, {flags.precision}{', compiled' if flags.compile else ''}"
     report(title, rows, settings, flags.out)
+    if flags.trace is not None:
+        call = stepper(settings_of(flags.config[-1], flags), place)
+        call()
+        trace(call, flags.trace)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,20 @@
 """The benchmarks run and report what they say; nothing is asserted about speed."""
 
 import json
+import os
+import subprocess
 
 import pytest
 import torch
 
-from benchmarks import latent_loader, metrics, moe_layer, sampling, train_step
-from benchmarks.measure import activation_memory
+from benchmarks import families, latent_loader, metrics, moe_layer, sampling, train_step
+from benchmarks.measure import activation_memory, sheet_peak
 from benchmarks.pseudo_code import Algorithm3
+from config.files import find_config
 from config.layers import DiffMoEConfig
+from config.model import ModelConfig
+from core.conditions import Condition
+from models.build import build_model
 from models.moe.capacity import CapacityPredictor
 from models.moe.experts import Experts
 from models.moe.layer import MoEFeedForward
@@ -64,7 +70,11 @@ def test_tables_of_other_papers(family, dense, layers, tmp_path):
     out = tmp_path / "layer.json"
     moe_layer.main([*sizes, "--family", family, "--out", str(out)])
     rows = {row["layer"]: row for row in json.loads(out.read_text())["rows"]}
-    assert rows.keys() == {dense, *layers, *(f"{name}, loop" for name in layers)}
+    others = {text for name in layers for text in (f"{name}, loop", f"products of {name}")}
+    assert rows.keys() == {dense, *layers, *others}
+    for name in layers:
+        bare = rows[f"products of {name}"]
+        assert rows[name]["train / products"] == rows[name]["ms train"] / bare["ms train"]
     assert rows[dense]["train / dense"] == 1
 
 
@@ -82,7 +92,9 @@ def test_a_table_of_steps(tmp_path, capsys, more):
     )
     config.write_text(f"base: base.yaml\n{more}")
     argv = ["--batch-size", "4", "--micro-batch-size", "2", "--repeats", "1", "--device", "cpu"]
-    train_step.main([*argv, "--config", str(config), "--out", str(tmp_path / "step.json")])
+    argv += ["--config", str(config), "--out", str(tmp_path / "step.json")]
+    train_step.main([*argv, "--trace", str(tmp_path / "trace.json")])
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     (row,) = json.loads((tmp_path / "step.json").read_text())["rows"]
     assert row["step / first"] == 1
     assert row["img/s"] == pytest.approx(4 / row["seconds"])
@@ -115,13 +127,13 @@ def test_a_table_of_metrics(tmp_path, capsys):
 
 
 def test_thresholds_settle_where_capacity_is_one():
-    module = moe_layer.build(DiffMoEConfig(num_experts=4), 16, "auto", CPU)
+    module = families.build(DiffMoEConfig(num_experts=4), 16, "auto", CPU)
     x = torch.randn(2, 64, 16)
     moe_layer.settle(module, x)
     with torch.no_grad():
         _, record = module.eval()(x)
     assert record.counts.sum().item() == 2 * 64
-    race = moe_layer.build(moe_layer.RACES["race 2-in-8"], 16, "auto", CPU)
+    race = families.build(families.RACES["race 2-in-8"], 16, "auto", CPU)
     moe_layer.settle(race, x)
     with torch.no_grad():
         assert race.eval()(x)[1].counts.sum().item() == 2 * 64 * 2
@@ -166,3 +178,71 @@ def test_a_table_of_samplers(trained, tmp_path, capsys, monkeypatch):
     assert rows["fp32"]["pixel difference"] == rows["fp32, compiled"]["pixel difference"] == 0
     assert 0 < rows["bf16"]["pixel difference"] < 20
     assert "3 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_found_by_its_name(name, tera):
+    assert sheet_peak(name) == (None if tera is None else tera * 1e12)
+
+
+def test_a_config_is_sampled_from_with_random_weights(tmp_path, monkeypatch):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(
+        "model: {input_size: 2, hidden_size: 16, depth: 2, num_heads: 2, num_classes: 3, "
+        "patch_size: 1, feed_forward: {num_experts: 4}}\n"
+    )
+    small = {"block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "layers_per_block": 1}
+    monkeypatch.setattr(sampling, "STABLE_DIFFUSION", sampling.STABLE_DIFFUSION | small)
+    out = tmp_path / "sampling.json"
+    argv = ["--config", str(config), "--num-steps", "2", "--cfg-scale", "2", "--num-images", "4"]
+    argv += ["--batch-size", "4", "--repeats", "1", "--device", "cpu", "--out", str(out)]
+    monkeypatch.setattr(sampling.Sampler, "compile", lambda self: None)
+    sampling.main(argv)
+    rows = {row["way"]: row for row in json.loads(out.read_text())["rows"]}
+    assert rows["fp32"]["pixel difference"] == 0
+    assert rows["bf16"]["img/s"] > 0
+
+
+def test_random_weights_have_thresholds_of_capacity_one():
+    config = ModelConfig(input_size=8, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    model = build_model(config)
+    sampling.settle(model, CPU)
+    x = torch.randn(4, 4, 8, 8)
+    with torch.no_grad():
+        (record,) = model.eval()(x, torch.rand(4), Condition.of_labels([0, 1, 2, 0])).routing
+    assert record.capacity_per_sample().mean().item() == pytest.approx(1, abs=0.5)
+
+
+def test_every_command_of_the_gpu_day_is_understood(tmp_path):
+    """The script with a `python` that only says what it is asked for."""
+    said = tmp_path / "python"
+    said.write_text('#!/bin/sh\necho "python $*"\n')
+    said.chmod(0o755)
+    (tmp_path / "nvidia-smi").symlink_to(said)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script = ["bash", "benchmarks/gpu.sh", str(tmp_path / "out")]
+    done = subprocess.run(
+        script, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+    )
+    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("python -m")]
+    assert (tmp_path / "out" / "gpu_tables.txt").read_text() == done.stdout
+    programs = {"moe_layer": moe_layer, "train_step": train_step}
+    programs |= {"sampling": sampling, "latent_loader": latent_loader}
+    used = set()
+    for _, _, program, *argv in lines:
+        if program == "pytest":
+            continue
+        name = program.removeprefix("benchmarks.")
+        flags = programs[name].parse_flags([a.replace("cuda", "cpu") for a in argv])
+        for config in [flags.config] if name == "sampling" else getattr(flags, "config", []):
+            assert find_config(config).exists()
+        used.add(name)
+    assert used == programs.keys()
