@@ -25,7 +25,13 @@ from core.conditions import Condition
 from core.errors import UserError, unknown_name
 from data.text.encoder import TextEncoder
 from data.vae import VAE, PixelSpace, open_vae, to_uint8
-from models.pretrained import Pretrained, load_pretrained, rerouted, routing_rules
+from models.pretrained import (
+    INFERENCE_KEYS,
+    Pretrained,
+    load_pretrained,
+    rerouted,
+    routing_rules,
+)
 from sampling.command import check_vae
 from sampling.generate import Evaluation, Sampler
 from sampling.prompts import check_prompt, text_encoder_of
@@ -109,6 +115,12 @@ class Pipeline:
     def routing_rules(self) -> tuple[str, ...]:
         """Values of `inference` that its layers allow."""
         return routing_rules(self.pretrained.config)
+
+    @property
+    def routing_keys(self) -> tuple[str, ...]:
+        """Keys of `routing` that its layers have."""
+        layer = self.pretrained.config.model.feed_forward
+        return tuple(key for key in INFERENCE_KEYS if hasattr(layer, key))
 
     def routed(self, routing: dict[str, Any] | None) -> "Pipeline":
         """The same weights under another rule, see `models.pretrained.rerouted`.
