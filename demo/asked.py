@@ -23,6 +23,9 @@ SAMPLERS = {
 }
 """Samplers that the page offers by objective, and how often they evaluate the model in a step."""
 
+EACH = "each in turn"
+"""In the place of a class: the first image of class 0, the second of class 1, and so on."""
+
 OWN = "as configured"
 """The rule of routing that the checkpoint's config has."""
 
@@ -58,12 +61,15 @@ Settings = Sequence[object]
 
 
 def asked(pipe: Pipeline, what: object, count: object, settings: Settings) -> Ask:
-    """A generation of `count` samples of one class or prompt.
+    """A generation of `count` samples of one class or prompt, or of EACH.
 
     Raises:
         UserError: naming what is not allowed, and what is.
     """
     count = whole("images", count, 1, MOST_IMAGES)
+    if what == EACH and pipe.encoder is None:
+        wanted = [number % pipe.num_classes for number in range(count)]
+        return ask_for(pipe, wanted, [class_title(pipe, label) for label in wanted], settings)
     one, name = thing(pipe, what)
     return ask_for(pipe, [one] * count, [name] * count, settings)
 

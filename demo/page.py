@@ -10,16 +10,8 @@ import gradio as gr
 from core.errors import one_line
 from core.logging import get_logger
 from demo import show, views
-from demo.asked import (
-    LONGEST_PROMPT,
-    MOST_GUIDANCE,
-    MOST_IMAGES,
-    MOST_STEPS,
-    OWN,
-    defaults,
-    rules,
-    samplers,
-)
+from demo.asked import rules
+from demo.controls import QUICK, Inputs, controls, rule
 from demo.drawn import Drawn
 from demo.recorded import classes as recorded_classes
 from demo.work import COMPANY, RULES, Studio, class_choices
@@ -32,7 +24,6 @@ KEPT_SECONDS = 3600
 """How long what a visitor generated is kept after the last look at it."""
 MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
 """One generation at a time: the others wait."""
-QUICK = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "always_last"}
 
 HEAD = """<div class="dm-head"><h1>DiffMoE: watch where a picture costs computation</h1><p>Every
 token of every step goes to as many experts as it needs. <b>Left of each pair the image as the model
@@ -102,91 +93,30 @@ def build(studio: Studio | None, records: dict[str, Recorded]) -> gr.Blocks:
     with gr.Blocks(analytics_enabled=False, title="DiffMoE", fill_width=False) as page:
         gr.HTML(HEAD)
         if studio is not None:
-            _generating(studio, page)
+            _generating(studio)
         for number, (name, recorded) in enumerate(records.items()):
             _recorded(name, recorded, number)
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=4)
     return page
 
 
-def _generating(studio: Studio, page: gr.Blocks) -> None:
-    first = next(iter(studio.pipes.values()))
+def _generating(studio: Studio) -> None:
     drawn = gr.State(None, time_to_live=KEPT_SECONDS)
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=290):
-            controls = _controls(studio, first)
+            inputs = controls(studio)
         with gr.Column(scale=3, min_width=320), gr.Tabs():
             with gr.Tab("Watch", id="watch"):
-                lens = _watch(studio, controls, drawn)
+                lens = _watch(studio, inputs, drawn)
             with gr.Tab("Expert lens", id="lens"):
                 _lens(drawn, lens)
             with gr.Tab("Hard and easy", id="classes"):
-                _classes(studio, first, controls)
+                _classes(studio, inputs)
             with gr.Tab("Same noise", id="compare"):
-                _compare(studio, first, controls)
+                _compare(studio, inputs)
 
 
-def _controls(studio: Studio, first) -> list[gr.components.Component]:
-    """Checkpoint, class or prompt, number, and `demo.work.Settings`, in this order."""
-    own, names = defaults(first), list(studio.pipes)
-    name = gr.Dropdown(
-        names, value=names[0], label="Checkpoint", visible=len(names) > 1, elem_id="ckpt"
-    )
-    if first.encoder is None:
-        what = gr.Dropdown(
-            class_choices(first), value=min(3, first.num_classes - 1), label="Class", elem_id="what"
-        )
-    else:
-        what = gr.Textbox(
-            value="", label="Prompt", lines=2, max_length=LONGEST_PROMPT, elem_id="what",
-            placeholder="what to draw",
-        )  # fmt: skip
-    count = gr.Slider(1, MOST_IMAGES, 8, step=1, label="Images", elem_id="count")
-    known = list(samplers(first))
-    with gr.Row():
-        seed = gr.Number(0, precision=0, label="Seed", minimum=0, elem_id="seed", min_width=100)
-        sampler = gr.Dropdown(
-            known, value=own.sampler if own.sampler in known else known[0], label="Sampler",
-            elem_id="sampler", min_width=100,
-        )  # fmt: skip
-    most = min(own.num_steps, MOST_STEPS)
-    steps = gr.Slider(1, MOST_STEPS, most, step=1, label="Steps", elem_id="steps")
-    scale = min(own.cfg_scale, MOST_GUIDANCE)
-    guidance = gr.Slider(0, 10, scale, step=0.1, label="Guidance (1: none)", elem_id="guidance")
-    rule = _rule(studio, first, "")
-    return [name, what, count, seed, sampler, steps, guidance, *rule]
-
-
-def _rule(studio: Studio, first, which: str) -> list[gr.components.Component]:
-    """Rule of routing, capacity and threshold; hidden where the layers leave no choice."""
-    known = rules(first)
-    experts = getattr(first.pretrained.config.model.feed_forward, "num_experts", 1)
-    start = known[1] if which and len(known) > 1 else OWN
-    rule = gr.Radio(
-        known or [OWN], value=start, label=f"Routing rule{which}", visible=bool(known),
-        elem_id=f"rule{which.strip()}",
-    )  # fmt: skip
-    capacity = gr.Slider(
-        0.25, min(experts, 4), 2.0 if which else 1.0, step=0.25, label="Experts per token",
-        visible=start == "topk", elem_id=f"capacity{which.strip()}",
-    )  # fmt: skip
-    threshold = gr.Slider(
-        0, 1, 0.5, step=0.01, label="Threshold of every expert", visible=start == "fixed",
-        elem_id=f"threshold{which.strip()}",
-    )  # fmt: skip
-
-    def shown(chosen: object) -> tuple[dict, dict]:
-        takes = "inference_capacity" in first.routing_keys
-        return gr.update(visible=chosen == "topk" and takes), gr.update(visible=chosen == "fixed")
-
-    rule.change(shown, rule, [capacity, threshold], api_visibility="private", **QUICK)
-    if not known:
-        name = first.pretrained.config.model.feed_forward.name
-        gr.HTML(views.words(f"The {name} layer has one rule of routing: there is none to choose."))
-    return [rule, capacity, threshold]
-
-
-def _watch(studio: Studio, controls: list, drawn: gr.State) -> list[gr.components.Component]:
+def _watch(studio: Studio, inputs: Inputs, drawn: gr.State) -> Inputs:
     with gr.Row():
         go = gr.Button("Generate", variant="primary", elem_id="generate")
         stop = gr.Button("Stop", elem_id="stop")
@@ -195,36 +125,31 @@ def _watch(studio: Studio, controls: list, drawn: gr.State) -> list[gr.component
         step = gr.Slider(1, 2, 1, step=1, label="Step (evaluation of the model)", elem_id="step")
         layer = gr.Slider(0, 1, 0, step=1, label="Layer (0: mean over layers)", elem_id="layer")
     pictures = gr.HTML(
-        views.words("Choose a class and press Generate: images appear while they are denoised."),
+        views.words(
+            "Press Generate: images appear while they are denoised, their cost beside them."
+        ),
         elem_id="pictures",
     )
     curve = gr.HTML(elem_id="curve")
-    lens_layer = gr.Slider(1, 2, 1, step=1, label="MoE layer", elem_id="lens-layer", render=False)
-    lens_expert = gr.Slider(1, 2, 1, step=1, label="Expert", elem_id="lens-expert", render=False)
+    lens = [
+        gr.Slider(1, 2, 1, step=1, label=label, elem_id=name, render=False)
+        for label, name in (("MoE layer", "lens-layer"), ("Expert", "lens-expert"))
+    ]
 
     @told_on_the_way
-    def generate(*inputs: object) -> Iterator[tuple]:
-        rest = [gr.skip()] * 6
-        yield gr.skip(), gr.skip(), *rest[:-1], gr.update(visible=False)
-        with closing(studio.generate(*inputs)) as parts:
+    def generate(*words: object) -> Iterator[tuple]:
+        same = [gr.skip()] * 7
+        yield gr.skip(), gr.skip(), *same[:-1], gr.update(visible=False)
+        with closing(studio.generate(*words)) as parts:
             for shown, line, found in parts:
                 if found is None:
-                    yield shown, line, *rest
-                    continue
-                T, L = found.evaluations, found.layers
-                E = found.routing.num_experts if found.routing is not None else 1
-                yield (
-                    shown, line, show.facts(found), found,
-                    gr.update(maximum=max(T, 2), value=T),
-                    gr.update(maximum=max(L, 1), value=0, interactive=L > 0),
-                    (max(L, 2), max(E, 2)),
-                    gr.update(visible=True),
-                )  # fmt: skip
+                    yield shown, line, *same
+                else:
+                    yield shown, line, show.facts(found), found, *_ranges(found)
 
-    sizes = gr.State((2, 2))
-    outputs = [pictures, curve, figures, drawn, step, layer, sizes, looks]
+    outputs = [pictures, curve, figures, drawn, step, layer, *lens, looks]
     run = go.click(
-        generate, controls, outputs, api_name="generate", show_progress="minimal",
+        generate, inputs, outputs, api_name="generate", show_progress="minimal",
         show_progress_on=[figures], **MODEL,
     )  # fmt: skip
     stop.click(None, cancels=[run], api_visibility="private")
@@ -237,14 +162,23 @@ def _watch(studio: Studio, controls: list, drawn: gr.State) -> list[gr.component
     for slider in (step, layer):
         slider.change(look, [drawn, step, layer], [pictures, curve], api_name=False, **QUICK)
 
-    def stretch(found: tuple[int, int]) -> tuple[dict, dict]:
-        return gr.update(maximum=found[0]), gr.update(maximum=found[1])
-
-    sizes.change(stretch, sizes, [lens_layer, lens_expert], api_visibility="private", **QUICK)
-    return [lens_layer, lens_expert]
+    return lens
 
 
-def _lens(drawn: gr.State, sliders: list[gr.components.Component]) -> None:
+def _ranges(found: Drawn) -> list[dict]:
+    """Sliders of step, layer, and the lens's layer and expert, and that they are there."""
+    T, L = found.evaluations, found.layers
+    E = found.routing.num_experts if found.routing is not None else 1
+    return [
+        gr.update(maximum=max(T, 2), value=T, interactive=T > 1),
+        gr.update(maximum=max(L, 1), value=0, interactive=L > 0),
+        gr.update(maximum=max(L, 2), interactive=L > 1),
+        gr.update(maximum=max(E, 2), interactive=E > 1),
+        gr.update(visible=True),
+    ]
+
+
+def _lens(drawn: gr.State, sliders: Inputs) -> None:
     gr.HTML(views.words("The tokens that one expert takes, over images and steps."))
     with gr.Row():
         for slider in sliders:
@@ -267,7 +201,8 @@ def _lens(drawn: gr.State, sliders: list[gr.components.Component]) -> None:
     drawn.change(renew, [drawn, *sliders], out, api_visibility="private", **QUICK)
 
 
-def _classes(studio: Studio, first, controls: list) -> None:
+def _classes(studio: Studio, inputs: Inputs) -> None:
+    first = next(iter(studio.pipes.values()))
     if first.encoder is None:
         choices = class_choices(first)
         start = [label for _, label in choices[:10]]
@@ -284,20 +219,18 @@ def _classes(studio: Studio, first, controls: list) -> None:
         go = gr.Button("Measure", variant="primary", elem_id="measure")
     bar, out = gr.HTML(), gr.HTML(elem_id="ranking")
     go.click(
-        told_on_the_way(studio.classes), [controls[0], chosen, count, *controls[3:]], [bar, out],
+        told_on_the_way(studio.classes), [inputs[0], chosen, count, *inputs[3:]], [bar, out],
         api_name="classes", show_progress="minimal", show_progress_on=[bar], **MODEL,
     )  # fmt: skip
 
 
-def _compare(studio: Studio, first, controls: list) -> None:
-    kinds = studio.kinds()
-    start = RULES if rules(first) else COMPANY
-    kind = gr.Radio(
-        [one for one in kinds if one != RULES or rules(first)], value=start, label="What differs",
-        elem_id="kind",
-    )  # fmt: skip
+def _compare(studio: Studio, inputs: Inputs) -> None:
+    chooses = any(rules(pipe) for pipe in studio.pipes.values())
+    kinds = [kind for kind in studio.kinds() if kind != RULES or chooses]
+    start = RULES if chooses else COMPANY
+    kind = gr.Radio(kinds, value=start, label="What differs", elem_id="kind")
     with gr.Group(visible=start == RULES) as other:
-        second = _rule(studio, first, " of the second")
+        second = rule(studio, inputs[0], " of the second")
     go = gr.Button("Compare", variant="primary", elem_id="compare")
     bar, out = gr.HTML(), gr.HTML(elem_id="compared")
     kind.change(
@@ -305,7 +238,7 @@ def _compare(studio: Studio, first, controls: list) -> None:
         **QUICK,
     )  # fmt: skip
     go.click(
-        told_on_the_way(studio.compare), [kind, *controls, *second], [bar, out],
+        told_on_the_way(studio.compare), [kind, *inputs, *second], [bar, out],
         api_name="compare", show_progress="minimal", show_progress_on=[bar], **MODEL,
     )  # fmt: skip
 

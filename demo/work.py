@@ -6,6 +6,7 @@ Every function checks all of its inputs, since anybody can post to a page; what 
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,9 +156,8 @@ class Studio:
                 together = result
         few = min(MOST_ALONE, len(ask.wanted))
         for number in range(few):
-            one = Ask(
-                ask.wanted[:1], ask.names[:1], ask.seed, ask.routing, ask.sampling, ask.evaluations
-            )
+            here = slice(number, number + 1)
+            one = replace(ask, wanted=ask.wanted[here], names=ask.names[here])
             for words, result in _run(pipe, one, f"alone: {number + 1} of {few}", keys=[number]):
                 if result is None:
                     yield words, ""

@@ -3,24 +3,22 @@
 import dataclasses
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_pipelines import made
 
 from config.layers import DenseConfig, DiffMoEConfig, ExpertChoiceConfig, TokenChoiceConfig
-from config.model import ModelConfig
 from config.objective import DDPMConfig, SamplingConfig
 from config.race import RaceConfig
-from config.schema import Config, DataConfig
 from core.conditions import Condition
 from core.errors import UserError
-from data.vae import PixelSpace, to_uint8
+from data.vae import to_uint8
 from models.build import build_model
-from models.pretrained import Pretrained, load_pretrained
+from models.pretrained import load_pretrained
 from sampling.generate import Sampler
-from sampling.pipeline import Pipeline, Result, Step, load
+from sampling.pipeline import Result, Step, load
 from sampling.stream import streamed
 
 PREDICTED = {"capacity_predictor": True}
@@ -29,26 +27,6 @@ RULED = {
     "expert_choice": ExpertChoiceConfig(num_experts=4, **PREDICTED),
     "race": RaceConfig(num_experts=4),
 }
-
-
-def made(layer, **config):
-    """A pipeline of pixels around a random model, whose experts take very different tokens."""
-    torch.manual_seed(0)
-    shape = {"input_size": 4, "patch_size": 1, "hidden_size": 16, "depth": 2, "num_heads": 2}
-    options = ModelConfig(**shape, moe_every=1, in_channels=3, num_classes=3, feed_forward=layer)
-    options = dataclasses.replace(options, learn_sigma=bool(config))
-    model = build_model(options).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    for name, buffer in model.named_buffers():
-        if name.endswith("thresholds"):
-            buffer.fill_(0.4)
-    settings = SamplingConfig(sampler=None if config else "euler", num_steps=3, cfg_scale=2.0)
-    data = DataConfig(vae_path=None, image_size=4, source="images", data_path="there")
-    whole = Config(data=data, model=options, sampling=settings, **config)
-    state = {"step": 7, "latents": None}
-    pretrained = Pretrained(whole, state, Path("runs/random"), model)
-    return Pipeline(pretrained, PixelSpace(), None, torch.device("cpu"))
 
 
 def same(one, other):
