@@ -51,7 +51,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             _end("interrupted", INTERRUPTED)
         except Exception as error:
-            line = _line(error)
+            line = one_line(error)
             if line is None:
                 _tell_launcher(traceback.format_exc())
                 if _has_others():
@@ -63,7 +63,7 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _line(error: Exception) -> str | None:
+def one_line(error: Exception) -> str | None:
     """One line for what the user can fix; None for anything else."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):

@@ -269,6 +269,12 @@ class Objective(Protocol):
         `settings` is a `config.objective.SamplingConfig`; `draw` serves stochastic samplers.
         """
 
+    def data_of(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The data (B, C, H, W) that a prediction for `x` (B, C, H, W) stands for.
+
+        `t` (B,) are times as a model is asked about them while it samples.
+        """
+
     def bits_per_dim(
         self, model: Model, x: Tensor, cond: Condition, settings: Any, draw: Draw
     ) -> Tensor:

@@ -30,6 +30,7 @@ class DDPM:
         self.betas = named_betas(config.noise_schedule, config.num_timesteps)
         kept = kept_timesteps(config.num_timesteps, config.timestep_respacing)
         self.diffusion = self._chain(kept)
+        self.whole = self._chain(list(range(config.num_timesteps)))
 
     def training_losses(
         self, model: Model, x: Tensor, cond: Condition, generator: torch.Generator | None = None
@@ -92,6 +93,13 @@ class DDPM:
         if name == "ddim":
             options["eta"] = settings.ddim_eta
         return SAMPLERS[name](chain, model, noise, cond, draw, **options)
+
+    def data_of(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The data that a prediction (B, C or 2C, H, W) for `x` (B, C, H, W) at `t` (B,) means.
+
+        `t` are steps of the whole chain, 0 ... T - 1, whichever of them are walked.
+        """
+        return self.whole.p_mean_variance(prediction, x, t).x0
 
     @torch.no_grad()
     def bits_per_dim(

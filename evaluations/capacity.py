@@ -116,18 +116,18 @@ def draw(run: CapacityRun, out: Path) -> list[Path]:
 def _capacity_figures(run: CapacityRun, shares: np.ndarray) -> dict[str, Figure]:
     """Capacity over steps, tokens and classes; `shares` are those of `over_classes`."""
     layers = shares.sum(axis=-1)  # (T, 2, L)
-    kind, names = _groups(run)
+    kind, names = groups_of(run)
     figures = {
         "steps": step_figure(layers, SIDES),
-        "maps": map_figure(run.table.times, run.table.maps, _images(run, len(run.table.maps[0]))),
+        "maps": map_figure(run.table.times, run.table.maps, images_of(run, len(run.table.maps[0]))),
     }
     classes = by_class(run.table)
     if np.isfinite(classes).sum() > 1:
-        figures["classes"] = class_figure(classes, names, run.labels, _images(run, None), kind)
+        figures["classes"] = class_figure(classes, names, run.labels, images_of(run, None), kind)
     return figures
 
 
-def _groups(run: CapacityRun) -> tuple[str, list[str]]:
+def groups_of(run: CapacityRun) -> tuple[str, list[str]]:
     """What the samples were made of, classes or prompts, and their names."""
     prompts = run.record.get("prompts")
     if prompts is not None:
@@ -136,7 +136,7 @@ def _groups(run: CapacityRun) -> tuple[str, list[str]]:
     return "classes", run.record.get("class_names") or numbers
 
 
-def _images(run: CapacityRun, count: int | None) -> np.ndarray | None:
+def images_of(run: CapacityRun, count: int | None) -> np.ndarray | None:
     """The first images of the set, where it kept them."""
     path = run.folder.archive
     if not path.exists():

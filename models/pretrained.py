@@ -5,6 +5,7 @@ folders `model`, `ema` of shards), `state.json` (step, facts of the latents) and
 (sizes and hashes); what the trainer needs besides lies there too.
 """
 
+import copy
 import dataclasses
 import json
 import typing
@@ -22,7 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
 from config.load import load_config
-from config.model import FeedForwardConfig
 from config.schema import Config
 from config.typed import convert
 from config.validate import validate
@@ -33,6 +33,9 @@ from models.sealed import check_seal, checkpoints
 
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "state.json"
+INFERENCE_KEYS = ("inference", "inference_capacity", "fixed_threshold")
+"""Of `model.feed_forward`: the rule of routing, C of `topk`, gamma of `fixed`. Only inference looks
+at them, and layers read them when they are called."""
 LATENT_FACTS = {"vae_path", "scaling_factor", "shift_factor", "latent_channels", "class_names"}
 """What a checkpoint says of the latents that it was trained on."""
 
@@ -61,7 +64,7 @@ def load_pretrained(
     Args:
         path: a checkpoint folder, or a run folder, whose newest checkpoint is taken.
         weights: the averaged weights `ema`, another average `ema_<decay>`, or the live `model`.
-        routing: other values of keys of `model.feed_forward` that only inference looks at.
+        routing: other values of INFERENCE_KEYS, as far as the layer has them.
 
     Raises:
         UserError: when there is no checkpoint, a file is damaged, or weights, config and `routing`
@@ -86,23 +89,63 @@ def read_checkpoint(
     check_seal(folder, (CONFIG_FILE, STATE_FILE))
     config = load_config(folder / CONFIG_FILE)
     if routing:
-        config.model.feed_forward = _rerouted(config.model.feed_forward, routing)
-        validate(config, world_size=None)
+        config = _rerouted(config, routing)
     if not weights_path(folder, weights).exists():
         check_seal(folder, (weights_path(folder, weights).name,))  # were they there?
         raise unknown_name(f"{folder}: weights", weights, weights_names(folder))
     return Checkpoint(config, read_state(folder), folder)
 
 
-def _rerouted(layer: FeedForwardConfig, routing: dict[str, Any]) -> FeedForwardConfig:
-    """The layer's config with other values of what inference looks at."""
-    known, changes = typing.get_type_hints(type(layer)), {}
+def rerouted(pretrained: Pretrained, routing: dict[str, Any]) -> Pretrained:
+    """The same weights, not copied, under another rule of routing; what is given stays as it was.
+
+    Args:
+        pretrained: a loaded checkpoint.
+        routing: other values of INFERENCE_KEYS, as far as the layer has them.
+
+    Raises:
+        UserError: the layer has no such key, or does not allow the value.
+    """
+    config, model = _rerouted(pretrained.config, routing), pretrained.model
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    # Layers hold the section of the config that they were built of: the copies hold the new one.
+    shared[id(model.config.feed_forward)] = config.model.feed_forward
+    return dataclasses.replace(pretrained, config=config, model=copy.deepcopy(model, shared))
+
+
+def routing_rules(config: Config) -> tuple[str, ...]:
+    """The values of `inference` that a model's layers allow; none where they have no such key."""
+    known = typing.get_type_hints(type(config.model.feed_forward)).get("inference")
+    return tuple(rule for rule in typing.get_args(known) if _allows(config, rule))
+
+
+def _allows(config: Config, rule: str) -> bool:
+    try:
+        _rerouted(config, {"inference": rule})
+    except UserError:
+        return False
+    return True
+
+
+def _rerouted(config: Config, routing: dict[str, Any]) -> Config:
+    """The config with other values of what inference looks at."""
+    layer, changes = config.model.feed_forward, {}
+    known = typing.get_type_hints(type(layer))
     for key, value in routing.items():
+        if key not in INFERENCE_KEYS:
+            raise unknown_name("routing", key, INFERENCE_KEYS)
         if key not in known:
             raise UserError(f"{key}: model.feed_forward {layer.name} has no such key")
         # Layers mean different rules by one key.
         changes[key] = convert(value, known[key], f"{key} of model.feed_forward {layer.name}")
-    return dataclasses.replace(layer, **changes)
+    if "inference_capacity" in known and changes.get("inference", "topk") != "topk":
+        changes.setdefault("inference_capacity", None)  # the checkpoint's own, which is of topk
+    layer = dataclasses.replace(layer, **changes)
+    changed = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, feed_forward=layer)
+    )
+    validate(changed, world_size=None)
+    return changed
 
 
 def find_checkpoint(path: Path) -> Path:

@@ -71,7 +71,7 @@ def sample_set(
     quiet_other_processes(processes)
     set_tf32(request.protocol.precision != "fp32")
     vae = open_vae(request.protocol.vae, processes.device)
-    _check_vae(vae, request.checkpoint)
+    check_vae(vae, request.checkpoint)
     settings = request.settings(vae)
     about = NOT_MEASURED if features is None else features.about
 
@@ -172,8 +172,12 @@ def _encoder(request: Request, processes: Processes) -> TextEncoder:
     return encoder
 
 
-def _check_vae(vae: VAE | PixelSpace, checkpoint: Checkpoint) -> None:
-    """The decoder must read latents of the scale that the model was trained on."""
+def check_vae(vae: VAE | PixelSpace, checkpoint: Checkpoint) -> None:
+    """The decoder must read latents of the scale that the model was trained on.
+
+    Raises:
+        ConfigError: it reads others.
+    """
     latents = checkpoint.state["latents"]
     if latents is None:  # an imported checkpoint does not say
         return

@@ -10,7 +10,7 @@ from config.protocol import Protocol, known_protocols, load_protocol
 from config.validate import validate
 from core.command_line import positive
 from core.errors import ConfigError
-from models.pretrained import Checkpoint
+from models.pretrained import INFERENCE_KEYS, Checkpoint
 from sampling.generate import SAVE
 from sampling.needs import Choice, NotingParser, check_needs
 from sampling.prompts import Prompts
@@ -122,12 +122,9 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     add("--last-step-size", type=float, help="of the SDE, in time")
 
 
-ROUTING = ("inference", "inference_capacity", "fixed_threshold")
-
-
 def routing_of(flags: argparse.Namespace) -> dict[str, Any]:
     """Keys of `model.feed_forward` that flags change for sampling."""
-    return {key: getattr(flags, key) for key in ROUTING if getattr(flags, key) is not None}
+    return {key: getattr(flags, key) for key in INFERENCE_KEYS if getattr(flags, key) is not None}
 
 
 def resolve(

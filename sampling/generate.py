@@ -5,9 +5,11 @@ the last one is computed full, then cut: a sample never depends on how many proc
 although DiffMoE's routing depends on the batch.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,19 +22,39 @@ from core.files import complete_file
 from core.logging import progress
 from core.npz import NpzWriter
 from core.rng import SampleNoise, generator
-from core.types import Objective
+from core.types import Model, Objective
 from models.compiled import compile_blocks
 from models.dit import DiT
 from models.pretrained import Pretrained
 from sampling.grid import save_png
-from sampling.guidance import CapacityMeter, Guided, InBfloat16
+from sampling.guidance import CapacityMeter, Guided, InBfloat16, Watch, Watched
 from sampling.marks import mark
 from sampling.objectives import build_objective
-from sampling.recorder import RoutingRecorder, RoutingTable
+from sampling.recorder import Routing, RoutingRecorder, RoutingTable
 from sampling.sets import SetFolder
 from sampling.wanted import Wanted
 
 GRID_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One guided evaluation of the model while it samples.
+
+    Solvers of first order evaluate once in a step, `heun` and `midpoint` twice, `rk4` four times.
+
+    Attributes:
+        number: of the evaluation, from 0.
+        time: as the objective counts it.
+        data: (B, C, H, W) that the guided prediction stands for: x0 as the model sees it there.
+        routing: where the computation went, of this evaluation alone; None where nothing is
+            recorded in detail or the model has no experts.
+    """
+
+    number: int
+    time: float
+    data: Tensor
+    routing: Routing | None
 
 
 @dataclass
@@ -46,7 +68,8 @@ class Sampler:
         latent_shape: (C, H, W).
         seed: of the noise.
         device: where the model is.
-        record: keep where the computation goes.
+        record: keep where the computation goes: in sums and means, or `detailed`, which experts
+            each token of each sample had.
         negative: text of a negative prompt, one row, in the place of the empty caption.
         bf16: matrix products of the model in bf16.
     """
@@ -57,7 +80,7 @@ class Sampler:
     latent_shape: tuple[int, int, int]
     seed: int
     device: torch.device
-    record: bool = False
+    record: bool | Literal["detailed"] = False
     negative: Condition | None = None
     bf16: bool = False
 
@@ -82,24 +105,43 @@ class Sampler:
 
     @torch.no_grad()
     def latents(
-        self, keys: Sequence[int | tuple[int, ...]], cond: Condition
+        self,
+        keys: Sequence[int | tuple[int, ...]],
+        cond: Condition,
+        watch: Callable[[Evaluation], None] | None = None,
     ) -> tuple[Tensor, CapacityMeter]:
         """Latents (B, C, H, W) of B samples, and what their making cost.
 
         Args:
             keys: what the noise of each is drawn by, besides the seed: an index, or several.
             cond: of the samples.
+            watch: told of each guided evaluation; the latents are the same with and without it.
+                What it raises ends the sampling.
         """
         keys = [(key,) if isinstance(key, int) else key for key in keys]
         generators = [generator(self.seed, "sample noise", *key) for key in keys]
         draw = SampleNoise(generators, self.latent_shape, self.device)
         model = InBfloat16(self.model, self.device) if self.bf16 else self.model
-        model = RoutingRecorder(model, len(keys)) if self.record else model
+        if self.record:
+            model = RoutingRecorder(model, len(keys), self.record == "detailed")
         meter = CapacityMeter(model, len(keys))
         guided = Guided(meter, self._free, self.settings, one_call=self.shares_a_call())
+        if watch is not None:
+            guided = Watched(guided, self._teller(watch, model))
         cond = cond.to(self.device)
         latents = self.objective.sample(guided, draw(), cond, self.settings, draw)
         return latents, meter
+
+    def _teller(self, watch: Callable[[Evaluation], None], model: Model) -> Watch:
+        """What makes an `Evaluation` of each call, which `model` has recorded by then."""
+        numbers = itertools.count()
+
+        def tell(x: Tensor, t: Tensor, prediction: Tensor) -> None:
+            data = self.objective.data_of(x, t, prediction)
+            routing = model.detail(last=True) if self.record == "detailed" else None
+            watch(Evaluation(next(numbers), float(t[0]), data, routing))
+
+        return tell
 
     def shares_a_call(self) -> bool:
         """Whether both halves of guidance may go through the model at once."""

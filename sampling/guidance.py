@@ -1,4 +1,4 @@
-"""Wrappers around a model while it samples: classifier-free guidance, capacity meter."""
+"""Wrappers around a model while it samples: classifier-free guidance, capacity meter, a watcher."""
 
 from collections.abc import Callable
 
@@ -109,3 +109,24 @@ class CapacityMeter:
     def capacity(self) -> Tensor | None:
         """(B,) mean over the calls so far; None for a model without MoE layers."""
         return None if self.total is None else self.total / self.calls
+
+
+Watch = Callable[[Tensor, Tensor, Tensor], None]
+"""(x (B, C, H, W), t (B,), guided prediction (B, C_out, H, W)) of an evaluation."""
+
+
+class Watched:
+    """A model that tells somebody of each of its evaluations, and is not changed by it.
+
+    Args:
+        model: what is called, guidance inside.
+        watch: is told; what it raises ends the sampling.
+    """
+
+    def __init__(self, model: Model, watch: Watch):
+        self.model, self.watch = model, watch
+
+    def __call__(self, x: Tensor, t: Tensor, cond: Condition) -> ModelOutput:
+        output = self.model(x, t, cond)
+        self.watch(x, t, output.prediction)
+        return output

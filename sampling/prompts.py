@@ -82,16 +82,20 @@ def prompts_of(flags: argparse.Namespace, checkpoint: Checkpoint) -> Prompts | N
         entries, source = _read(flags.prompts), str(flags.prompts)
     prompts = Prompts(entries, flags.num_per_prompt, flags.negative_prompt, source)
     for number, text in enumerate(prompts.texts, 1):
-        _check(text, f"{source}: prompt {number}")
+        check_prompt(text, f"{source}: prompt {number}")
     if prompts.negative:  # an empty one is as good as none
-        _check(prompts.negative, "--negative-prompt: it")
+        check_prompt(prompts.negative, "--negative-prompt: it")
     if flags.save == "geneval":
         prompts.check_geneval()
     return prompts
 
 
-def _check(text: str, which: str) -> None:
-    """Refuse what no tokenizer takes."""
+def check_prompt(text: str, which: str) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        ConfigError: naming `which`.
+    """
     if not text.strip():
         raise ConfigError(f"{which} is empty")
     try:

@@ -2,7 +2,7 @@
 
 Shapes: B samples, S tokens of one sample's image, T evaluations of the model, L MoE layers,
 E experts, K classes or prompts. A half is the conditional (0) or the unconditional side (1) of
-guidance.
+guidance; what is said of single tokens is of the conditional half.
 """
 
 from dataclasses import dataclass
@@ -20,16 +20,61 @@ MAPS = 8
 """Samples of the set whose tokens are mapped."""
 
 
+@dataclass
+class Routing:
+    """Which experts computed each token of some samples, at each evaluation.
+
+    Attributes:
+        times: (T,) of the evaluations, in their order, as the objective counts them.
+        capacity: (T, 2, L, B) experts per token of each sample, C_infer of the layer; NaN where a
+            half was not computed.
+        chosen: of each layer (T, B, S, ceil(E / 8)) uint8, the experts of each token of the image
+            as bits (`np.packbits`), in the conditional half; None for a layer without a plan.
+        num_experts: E, those that no router chooses included.
+    """
+
+    times: np.ndarray
+    capacity: np.ndarray
+    chosen: list[np.ndarray | None]
+    num_experts: int
+
+    def experts(self, layer: int) -> np.ndarray | None:
+        """(T, B, S, E) bool, which experts each token had; None for a layer without a plan."""
+        bits = self.chosen[layer]
+        return None if bits is None else np.unpackbits(bits, -1, self.num_experts).astype(bool)
+
+    def numbers(self, layer: int | None = None) -> np.ndarray | None:
+        """(T, B, S) float32, how many experts each token had.
+
+        Args:
+            layer: its number from 0; None: the mean over those with a plan.
+
+        Returns:
+            None where no such layer has a plan.
+        """
+        layers = self.chosen if layer is None else [self.chosen[layer]]
+        maps = [
+            np.bitwise_count(bits).sum(-1, dtype=np.float32) for bits in layers if bits is not None
+        ]
+        return np.mean(maps, axis=0) if maps else None
+
+    def spent(self) -> np.ndarray:
+        """(B,) C_infer of each sample: the mean over layers, evaluations and halves (Eq. 15)."""
+        return np.nanmean(self.capacity.mean(axis=2), axis=(0, 1))
+
+
 class RoutingRecorder:
     """Counts of token-expert pairs by evaluation, half, layer, sample and expert.
 
     Args:
         model: what is called, on whole batches of the samples or on both halves joined.
         batch_size: B.
+        detailed: keep which experts each token had, too.
     """
 
-    def __init__(self, model: Model, batch_size: int):
-        self.model, self.batch_size = model, batch_size
+    def __init__(self, model: Model, batch_size: int, detailed: bool = False):
+        self.model, self.batch_size, self.detailed = model, batch_size, detailed
+        self.chosen: list[list[np.ndarray | None]] = []
         self.times: list[float] = []
         self.counts: list[list[Tensor | None]] = []
         self.maps: list[Tensor] = []
@@ -54,7 +99,17 @@ class RoutingRecorder:
         self.times.append(float(t[0]))
         self.counts.append(sides[:HALVES])
         self.maps.append(self._map(output.routing, len(x)))
+        if self.detailed:
+            self.chosen.append([self._bits(record, len(x)) for record in output.routing])
         return output
+
+    def _bits(self, record: RoutingRecord, samples: int) -> np.ndarray | None:
+        """(B, S, ceil(E / 8)) uint8, experts of each of the image's tokens."""
+        if record.plan is None:
+            return None
+        mask = record.token_mask().view(samples, record.num_tokens, -1)
+        mask = mask[: self.batch_size, record.num_context :]
+        return np.packbits(mask.bool().cpu().numpy(), axis=-1)
 
     def _map(self, routing: list[RoutingRecord], samples: int) -> Tensor:
         """(min(B, MAPS), S) mean pairs of each of the image's tokens over the layers."""
@@ -68,6 +123,27 @@ class RoutingRecorder:
             return torch.zeros(shown, routing[0].num_tokens - routing[0].num_context)
         return torch.stack(maps).float().mean(dim=0).cpu()
 
+    def detail(self, last: bool = False) -> Routing | None:
+        """What was kept of all evaluations, or of the `last` alone; None without MoE layers."""
+        if not self.counts:
+            return None
+        first = len(self.counts) - 1 if last else 0
+        capacity = self._stacked(first).sum(dim=-1).double()  # (T, 2, L, B)
+        capacity = capacity.masked_fill(capacity < 0, torch.nan)
+        capacity /= torch.tensor(self.tokens, dtype=torch.float64)[:, None]
+        layers = zip(*self.chosen[first:], strict=True)
+        chosen = [None if layer[0] is None else np.stack(layer) for layer in layers]
+        experts = self.counts[0][0].shape[-1]
+        return Routing(np.array(self.times[first:]), capacity.numpy(), chosen, experts)
+
+    def _stacked(self, first: int = 0) -> Tensor:
+        """(T, 2, L, B, E) counts from evaluation `first` on, -1 where a half was not computed."""
+        rows = []
+        for sides in self.counts[first:]:
+            absent = torch.full_like(sides[0], -1)
+            rows.append(torch.stack([absent if side is None else side for side in sides]))
+        return torch.stack(rows).cpu()
+
     def arrays(self, kept: int) -> dict[str, np.ndarray]:
         """Of the first `kept` samples.
 
@@ -78,13 +154,8 @@ class RoutingRecorder:
         """
         if not self.counts:
             return {}
-        rows = []
-        for sides in self.counts:
-            absent = torch.full_like(sides[0], -1)
-            rows.append(torch.stack([absent if side is None else side for side in sides]))
-        counts = torch.stack(rows)[:, :, :, :kept].to("cpu", torch.int32)
         return {
-            "counts": counts.numpy(),
+            "counts": self._stacked()[:, :, :, :kept].int().numpy(),
             "times": np.array(self.times),
             "tokens": np.array(self.tokens),
             "maps": torch.stack(self.maps)[:, :kept].half().numpy(),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -27,33 +28,41 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SINGLE = Processes(0, 1, torch.device("cpu"))
 
 
-LEFT_OUT = pytest.StashKey[int]()
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for path in map(shutil.which, BROWSERS) if path), None)
+NEEDS = {"gpu": "a GPU", "browser": "Chromium"}
+"""What the tests of a marker need."""
+LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without a GPU its cases are left out; the last line says how many."""
-    gone = [] if torch.cuda.is_available() else [i for i in items if i.get_closest_marker("gpu")]
-    if gone:
-        items[:] = [item for item in items if item not in set(gone)]
-        config.hook.pytest_deselected(items=gone)
-    config.stash[LEFT_OUT] = len(gone)
+    """Without a GPU or a browser its cases are left out; the last lines say how many."""
+    there = {"gpu": torch.cuda.is_available(), "browser": CHROMIUM is not None}
+    missing = [name for name in NEEDS if not there[name]]
+    gone = {name: [i for i in items if i.get_closest_marker(name)] for name in missing}
+    left = {item for those in gone.values() for item in those}
+    if left:
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=list(left))
+    config.stash[LEFT_OUT] = {name: len(those) for name, those in gone.items()}
     if hasattr(config, "workeroutput"):  # of a process of pytest-xdist
-        config.workeroutput["gpu cases left out"] = len(gone)
+        config.workeroutput["cases left out"] = config.stash[LEFT_OUT]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error) -> None:
     """What a process of pytest-xdist found; all find the same."""
-    found = getattr(node, "workeroutput", {}).get("gpu cases left out")
+    found = getattr(node, "workeroutput", {}).get("cases left out")
     if found is not None:
         node.config.stash[LEFT_OUT] = found
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    """The count, after everything else."""
-    if count := config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(f"{count} cases need a GPU; there is none here")
+    """The counts, after everything else."""
+    for name, count in config.stash.get(LEFT_OUT, {}).items():
+        if count:
+            terminalreporter.write_line(f"{count} cases need {NEEDS[name]}; there is none here")
 
 
 @pytest.fixture(params=DEVICES)

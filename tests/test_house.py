@@ -24,6 +24,7 @@ FOLDERS = [
     "published",
     "evaluations",
     "training",
+    "demo",
 ]
 
 

@@ -12,7 +12,7 @@ from core.errors import UserError, unknown_name
 from core.types import Draw, LossTerms, Model
 from transport import ode, sde
 from transport.path import PATHS, Path, expand
-from transport.prediction import TO_SCORE, TO_VELOCITY
+from transport.prediction import TO_DATA, TO_SCORE, TO_VELOCITY
 
 
 class Flow:
@@ -164,6 +164,10 @@ class Flow:
         return sde.last_step(
             settings.last_step, self.path, fields, diffusion, x, grid[-1], settings.last_step_size
         )
+
+    def data_of(self, x: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The data that a prediction (B, C or 2C, H, W) for `x` (B, C, H, W) at `t` (B,) means."""
+        return TO_DATA[self.config.prediction](self.path, prediction[:, : x.shape[1]], x, t)
 
     def velocity(self, model: Model, cond: Condition) -> ode.Field:
         """The model's velocity as a field over (x, t)."""

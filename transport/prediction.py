@@ -68,6 +68,28 @@ def _as_it_is(path: Path, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     return prediction
 
 
+def data_from_velocity(path: Path, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """x = (sigma v - sigma' x_t) / (alpha' sigma - alpha sigma'), regular at t = 0.
+
+    For the straight path x_t + (1 - t) v.
+    """
+    t = expand(t, x_t)
+    sigma, d_sigma = path.sigma(t), path.d_sigma(t)
+    return (sigma * v - d_sigma * x_t) / (path.d_alpha(t) * sigma - path.alpha(t) * d_sigma)
+
+
+def data_from_noise(path: Path, noise: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """x = (x_t - sigma noise) / alpha; without bounds where alpha is 0."""
+    t = expand(t, x_t)
+    return (x_t - path.sigma(t) * noise) / path.alpha(t)
+
+
+def data_from_score(path: Path, s: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """x = (x_t + sigma^2 s) / alpha, the expected data (Tweedie)."""
+    t = expand(t, x_t)
+    return (x_t + path.sigma(t) ** 2 * s) / path.alpha(t)
+
+
 TO_VELOCITY: dict[str, Convert] = {
     "velocity": _as_it_is,
     "noise": velocity_from_noise,
@@ -83,3 +105,11 @@ TO_SCORE: dict[str, Convert] = {
     "x": score_from_data,
 }
 """By the name in `objective.prediction`: the score that a prediction stands for."""
+
+TO_DATA: dict[str, Convert] = {
+    "velocity": data_from_velocity,
+    "noise": data_from_noise,
+    "score": data_from_score,
+    "x": _as_it_is,
+}
+"""By the name in `objective.prediction`: the data that a prediction stands for."""

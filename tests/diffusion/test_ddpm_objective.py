@@ -198,3 +198,17 @@ def test_unknown_sampler_lists_the_known() -> None:
 def test_impossible_number_of_steps_is_a_user_error(num_steps: int) -> None:
     with pytest.raises(UserError, match=rf"sampling\.num_steps: {num_steps} must be .* 1000"):
         run(DDPM(DDPMConfig()), Recorder(), num_steps, "ddpm", seed=1)
+
+
+@pytest.mark.parametrize("respacing", ["", "50"])
+@pytest.mark.parametrize("kind", ["epsilon", "start_x"])
+def test_a_true_prediction_gives_the_data_back_at_any_step(kind: str, respacing: str) -> None:
+    objective = DDPM(DDPMConfig(prediction=kind, timestep_respacing=respacing))
+    x, noise = (torch.randn(SHAPE, generator=seeded(i), dtype=torch.float64) for i in range(2))
+    t = torch.tensor([0, 1, 19, 400, 900, 999])  # of the whole chain, as models are asked
+    alpha_bar = (1 - objective.betas).cumprod(0)[t].view(-1, 1, 1, 1)
+    x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+    true = noise if kind == "epsilon" else x
+    for prediction in (true, torch.cat([true, true], dim=1)):
+        found = objective.data_of(x_t, t, prediction)
+        torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)

@@ -9,7 +9,7 @@ from config.objective import FlowConfig, SamplingConfig
 from core.errors import UserError
 from core.types import ModelOutput, RoutingRecord
 from transport.objective import Flow, interval
-from transport.path import PATHS
+from transport.path import PATHS, expand
 from transport.prediction import TO_SCORE, TO_VELOCITY, noise_from_velocity
 
 KINDS = ("velocity", "noise", "score", "x")
@@ -260,3 +260,26 @@ def test_noise_of_another_scale_has_no_likelihood():
     flow = Flow(FlowConfig(noise_scale=2.0))
     with pytest.raises(UserError, match=r"noise_scale: 2\.0 has no likelihood"):
         flow.log_likelihood(None, None, None, SamplingConfig(), None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PATHS)
+def test_a_true_prediction_gives_the_data_back(name, kind):
+    x, noise = draws()
+    flow = Flow(FlowConfig(path=name, prediction=kind))
+    x_t, sigma = flow.path.interpolate(x, noise, TIMES), flow.path.sigma(expand(TIMES, x))
+    true = {
+        "velocity": flow.path.velocity(x, noise, TIMES),
+        "noise": noise,
+        "score": -noise / sigma,
+        "x": x,
+    }[kind]
+    twice = torch.cat([true, torch.full_like(true, torch.nan)], dim=1)  # with a learned variance
+    for prediction in (true, twice):
+        torch.testing.assert_close(flow.data_of(x_t, TIMES, prediction), x, rtol=1e-12, atol=1e-12)
+
+
+def test_the_data_of_a_velocity_is_regular_where_there_is_noise_alone():
+    x, noise = draws()
+    zero = torch.zeros_like(TIMES)
+    assert torch.equal(Flow().data_of(noise, zero, x - noise), noise + (x - noise))

@@ -1,0 +1,1 @@
+"""The live demo: a page around `sampling.pipeline`, without model code of its own."""
