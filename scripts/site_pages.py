@@ -43,6 +43,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
     """Turn links between files of the repository into links between pages."""
+    if page.parent is None:  # a tab of one page
+        page.meta.setdefault("hide", ["navigation"])
     root, source = _root(config), Path(page.file.abs_src_path)
     here = posixpath.dirname(page.file.src_uri)
 

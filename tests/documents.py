@@ -46,7 +46,7 @@ def blocks(page: Path, language: str) -> list[Block]:
 
 def commands(text: str) -> list[list[str]]:
     """The shell lines of a block as words, without comments."""
-    lines = text.replace("\\\n", " ").splitlines()
+    lines = text.replace("\\\n", "").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,22 @@ def test_blocks_for_larger_machines_say_so(page):
 def test_blocks_that_tests_run_are_read_by_those_tests(page):
     for file in re.findall(r"<!-- .*?(?:are|is)? ?run by (tests/\S+\.py)", page.read_text()):
         assert page.name in (ROOT / file).read_text(), file
+
+
+def test_runs_that_commands_take_are_those_that_commands_make():
+    """A run's folder follows from its config, unless --run_dir says it; NAME and A are anyone's."""
+    made = {parse_config(["--config", one], "t", None).run_dir for one in known_configs()}
+    taken = set()
+    for words in (w for page in PAGES for b in blocks(page, "bash") for w in commands(b.text)):
+        for before, word in pairwise(words):
+            if before in ("--run_dir", "--out") and word.startswith("runs/"):
+                made.add(word)
+        line = " ".join(words)
+        taken |= set(re.findall(r"(?:--ckpt|--init_from|--to-official) (runs/\S+)", line))
+        for several in re.findall(r"(?:ckpt=|--runs )(runs/.*?)(?= --|$)", line):
+            taken |= set(re.split(r"[ ,]", several))
+    assert len(taken) > 10
+    assert {run for run in taken - made if not run.removeprefix("runs/").isupper()} == set()
 
 
 @OF_EACH_PAGE
