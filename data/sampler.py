@@ -116,7 +116,8 @@ class MicroBatches(Sampler[list[tuple[int, int]]]):
         global_batch_size: samples per optimizer step.
         micro_batch_size: samples per forward pass; a multiple of it, times `world_size`, is the
             global batch.
-        rank, world_size: of this process.
+        rank: of this process.
+        world_size: processes that share a batch.
         position: where the first batch is sought.
         steps: how many optimizer steps to serve.
 

@@ -1,4 +1,4 @@
-"""python -m evaluations.compare samples/*/*/ [--runs RUN ...] [--out DIR]
+"""python -m evaluations.compare samples/*/*/ --runs RUN ... --out DIR
 
 Sets of samples, by their folders or records, as one Markdown table, and figures of several runs:
 loss over the steps (as Figs. 3 and 4) and, of their scored sets, FID over the steps (as Figs. 8

@@ -51,8 +51,10 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     matrix that is not symmetric, and no root of rounding noise where a covariance is singular.
 
     Args:
-        mu1, mu2: (D,).
-        sigma1, sigma2: (D, D), symmetric positive semi-definite up to rounding.
+        mu1: (D,) mean of the first.
+        sigma1: (D, D) its covariance, symmetric positive semi-definite up to rounding.
+        mu2: (D,) mean of the second.
+        sigma2: (D, D) its covariance.
 
     Raises:
         UserError: when the shapes do not fit together or a value is not finite.

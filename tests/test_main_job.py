@@ -373,8 +373,8 @@ def test_the_quickstart_takes_no_config_whose_folder_is_not_its_own(tmp_path, na
     assert not done.stdout
 
 
-def test_the_readmes_python_example(trained, tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text()
+def test_the_python_examples_of_the_pages(trained, tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs/start.md").read_text()
     block = re.search(r"```python\n(from core\.cond.*?)```", text, re.DOTALL)[1]
     block = block.replace("runs/quickstart/train", str(trained))
     monkeypatch.chdir(tmp_path)
@@ -382,6 +382,13 @@ def test_the_readmes_python_example(trained, tmp_path, monkeypatch):
     exec(block, names)
     assert names["images"].shape == (4, 16, 16, 3)
     assert Image.open("four.png").size == (34, 34)
+    text = (ROOT / "docs/how/routing.md").read_text()
+    block = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    exec(block.replace("runs/quickstart/train", str(trained)), names)
+    assert names["busy"].shape == (4, 16)
+    capacity = names["record"].capacity_per_sample()
+    torch.testing.assert_close(names["busy"].mean(dim=1), capacity)
+    assert str(capacity) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["train.py", "sample_ddp.py", "main_cache.py"])

@@ -55,16 +55,9 @@ class GatheredProduct(torch.autograd.Function):
     """Tokens gathered for experts of equal counts, times each expert's weight, plus its bias.
 
     Of the gathered rows nothing is kept: the backward pass gathers them again, which costs far
-    less than it saves. All in the precision of the tokens.
-
-    Args:
-        tokens: (T, D).
-        token_index, order, ends: of the plan, see `Places`.
-        weight: (E, D, H).
-        bias: (E, H) or None.
-
-    Returns:
-        (E, K, H) for N = E K pairs.
+    less than it saves. All in the precision of the tokens. Takes tokens (T, D), token_index,
+    order and ends of the plan (see `Places`), weight (E, D, H), and bias (E, H) or None; gives
+    (E, K, H) for N = E K pairs.
     """
 
     @staticmethod
@@ -169,7 +162,8 @@ def take(tokens: Tensor, token_index: Tensor, order: Tensor, ends: Tensor) -> Te
     Args:
         tokens: (T, D).
         token_index: (N,) the token of each row.
-        order, ends: see `Places`.
+        order: see `Places`.
+        ends: see `Places`.
     """
     return tokens.index_select(0, token_index)
 
@@ -195,7 +189,8 @@ def segment_sum(
         outputs: (N, D).
         gate: (N,) float32 weights.
         token_index: (N,) the token of each row.
-        order, ends: see `Places`.
+        order: see `Places`.
+        ends: see `Places`.
     """
     return F.embedding_bag(
         *(order, outputs.float(), ends),

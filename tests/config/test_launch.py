@@ -1,7 +1,6 @@
 """Launch shapes: every config on 1 to 32 processes starts, or says what to type."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -60,29 +59,7 @@ def test_a_batch_that_leaves_tiny_micro_batches_is_refused():
         parse("dit/XL_ddpm", 2, "--train.global_batch_size", "254")
 
 
-def commands(text: str) -> list[tuple[list[str], int]]:
-    """Arguments of train.py in the shell lines of `text`, and the processes that they start."""
-    found = []
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True) if "torchrun" in line else []
-        if "train.py" in words:
-            flags = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
-            processes = int(flags["nproc_per_node"]) * int(flags.get("nnodes", 1))
-            found.append((words[words.index("train.py") + 1 :], processes))
-    return found
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/training.md"])
-def test_documented_commands_start(name, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / name).read_text(), re.DOTALL)
-    documented = [command for block in blocks for command in commands(block)]
-    assert documented
-    for argv, processes in documented:
-        parse_config(argv, "train.py", processes)
-
-
-@pytest.mark.parametrize("name", ["scripts/train.slurm", "docs/training.md"])
+@pytest.mark.parametrize("name", ["scripts/train.slurm", "docs/how/cluster.md"])
 def test_documented_slurm_jobs_start(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     script = (ROOT / "scripts/train.slurm").read_text()

@@ -1,9 +1,9 @@
 """Every program: one form of names, flags with help in one spelling, errors in one line."""
 
 import argparse
-import importlib
 
 import pytest
+from documents import parser_of
 
 from config.load import parse_config
 from core.command_line import Parser, natural, positive
@@ -32,21 +32,6 @@ PROGRAMS = [
     "benchmarks.moe_layer",
     "benchmarks.train_step",
 ]
-
-
-class CapturedError(Exception):
-    """Carries the parser of a program out of it."""
-
-
-def parser_of(module: str, monkeypatch: pytest.MonkeyPatch) -> Parser:
-    def capture(self, *_):
-        raise CapturedError(self)
-
-    monkeypatch.setattr(Parser, "parse_known_args", capture)
-    with pytest.raises(CapturedError) as caught:
-        importlib.import_module(module).main()
-    monkeypatch.undo()
-    return caught.value.args[0]
 
 
 @pytest.mark.parametrize("module", PROGRAMS)

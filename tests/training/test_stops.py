@@ -93,7 +93,7 @@ def decoder():
 
 
 def test_launchers_are_given_time_to_save():
-    for name in ("scripts/train.slurm", "docs/training.md", "README.md"):
+    for name in ("scripts/train.slurm", "docs/how/cluster.md", "docs/training.md"):
         text = (ROOT / name).read_text()
         launches = text.count("--max_restarts") + text.count("--max-restarts=")
         assert text.count("--shutdown-timeout") >= launches, name
