@@ -20,9 +20,10 @@ from core.precision import set_tf32
 from data.text.encoder import TextEncoder
 from data.vae import VAE, PixelSpace, open_vae, to_uint8
 from models.pretrained import Checkpoint, Pretrained, load_pretrained
+from sampling.blocks import Measure, SampleSet, SetPlan, generate_set
 from sampling.captioned import captioned_grid
 from sampling.flags import routing_of
-from sampling.generate import Measure, Sampler, SampleSet, SetPlan, generate_set
+from sampling.generate import Sampler
 from sampling.grid import image_grid, save_png
 from sampling.prompts import Prompts, text_encoder_of, warn_of_cuts
 from sampling.request import Request

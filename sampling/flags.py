@@ -11,7 +11,7 @@ from config.validate import validate
 from core.command_line import positive
 from core.errors import ConfigError
 from models.pretrained import INFERENCE_KEYS, Checkpoint
-from sampling.generate import SAVE
+from sampling.blocks import SAVE
 from sampling.needs import Choice, NotingParser, check_needs
 from sampling.prompts import Prompts
 

@@ -28,11 +28,11 @@ from sampling.wanted import ByPrompt
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 KILL = """
-import sampling.generate
-def kill(sampler, decode, measure, plan, first, kept):
-    if first == 4:
+import sampling.blocks
+def kill(plan, block):
+    if block.first == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-before(sampling.generate, "_write_block", kill)
+before(sampling.blocks, "_write_block", kill)
 """
 PROMPTS = ["a red dog", "two green cat", "one cat and a dog"]
 
@@ -150,7 +150,7 @@ def test_the_grid_shows_every_image_over_its_own_prompt(sample, monkeypatch):
         return captioned_grid(images, texts, each)
 
     monkeypatch.setattr("sampling.command.captioned_grid", noted)
-    monkeypatch.setattr("sampling.generate.GRID_IMAGES", 5)
+    monkeypatch.setattr("sampling.blocks.GRID_IMAGES", 5)
     sample("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--num-per-prompt", 4)
     assert seen == [(5, PROMPTS[:2], 4)]
     shades = torch.tensor([50] * 4 + [200]).byte().view(5, 1, 1, 1).expand(5, 96, 96, 3)

@@ -15,7 +15,9 @@ from core.distributed import Processes
 from core.types import ModelOutput, RoutingRecord
 from data.vae import to_uint8
 from models.build import build_model
-from sampling.generate import Sampler, SetPlan, generate_set
+from sampling import blocks
+from sampling.blocks import SetPlan, generate_set
+from sampling.generate import Sampler
 from sampling.grid import image_grid, save_png
 from sampling.guidance import CapacityMeter, Guided
 from sampling.labels import balanced_labels, chosen_labels, random_labels
@@ -210,6 +212,27 @@ def test_an_interrupted_set_goes_on_and_is_the_same(sampler, tmp_path):
     assert (result.capacity, result.nfe) == (whole.capacity, whole.nfe)
     images = np.load(tmp_path / "a" / "samples.npz")["arr_0"].reshape(10, -1)
     np.testing.assert_allclose(result.features["pool"][:, 0], images.mean(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("failing", [0, 4, 8])  # files are written while the next block is drawn
+def test_a_disk_that_fails_ends_a_set_whose_finished_blocks_stay(
+    failing, sampler, tmp_path, monkeypatch
+):
+    write = blocks._write_block
+
+    def full(plan, block):
+        if block.first == failing:
+            raise OSError(28, "No space left on device", str(tmp_path))
+        write(plan, block)
+
+    monkeypatch.setattr(blocks, "_write_block", full)
+    with pytest.raises(OSError, match="No space"):
+        run(sampler, tmp_path / "a")
+    monkeypatch.setattr(blocks, "_write_block", write)
+    again = run(sampler, tmp_path / "a")
+    assert again.made == 10 - failing
+    run(sampler, tmp_path / "whole")
+    assert archive_of(tmp_path / "a") == archive_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("save", ["images", "none"])
