@@ -3,6 +3,9 @@
 `device` is the CPU, and a GPU where there is one.
 """
 
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import _dynamo as dynamo
@@ -151,3 +154,33 @@ def test_a_resumed_run_is_the_run_to_the_bit(precision, device, tiny_config, tmp
         assert one.keys() == other.keys()
         for key, tensor in one.items():
             assert torch.equal(other[key], tensor), f"{kind}: {key}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"), [({}, 1), ({"inference": "topk"}, 0), ({"inference": "fixed"}, 1)]
+)
+def test_inference_looks_at_the_device_once_at_most(changes, most, device, monkeypatch):
+    """A look makes the host wait, so that the next layer's work is asked for late."""
+    layer = made("diffmoe", device).eval()
+    layer.router.config = replace(LAYERS["diffmoe"], **changes)
+    layer.router.predictor.thresholds.fill_(0.5)
+    x = torch.randn(4, 64, D, generator=torch.Generator().manual_seed(1)).to(device)
+    seen = []
+    for name in ("tolist", "item", "cpu", "nonzero", "__bool__", "__int__", "__float__"):
+        ask = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, ask=ask: seen.append(ask) or ask(self, *a)
+        )
+    with torch.no_grad(), warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        if device.type == "cuda":
+            layer(x, RouterContext())  # what libraries do once
+            seen.clear()
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            layer(x, RouterContext())
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    assert len(seen) == most
+    assert len([w for w in waits if "synchroniz" in str(w.message)]) <= most
