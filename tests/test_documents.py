@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from documents import PAGES, ROOT, blocks, check_arguments, commands, launched
+from test_house import FOLDERS
 
 from config.files import known_configs
 from config.load import parse_config
@@ -224,9 +225,7 @@ def test_every_fault_of_the_reliability_page_has_a_test():
 def texts_of_the_source() -> set[str]:
     """Every string of the source, with … for what is filled in."""
     found = set()
-    folders = ("core", "config", "data", "models", "diffusion", "transport", "sampling")
-    folders += ("published", "evaluations", "training")
-    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     for path in [*files, *ROOT.glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
