@@ -62,6 +62,13 @@ def test_results_and_changelog_are_those_of_the_repository(site):
     assert "What a change has" in (site / "contributing" / "index.html").read_text()
 
 
+def test_links_out_of_the_documents_lead_to_copies(site):
+    copy = site / "files" / "config" / "dit" / "imagenet256.yaml.txt"
+    assert copy.read_text() == (ROOT / "config/dit/imagenet256.yaml").read_text()
+    page = (site / "how" / "table3" / "index.html").read_text()
+    assert 'href="../../files/config/dit/imagenet256.yaml.txt"' in page
+
+
 def test_the_search_finds_pages_and_docstrings(site):
     entries = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     places = {entry["location"] for entry in entries}
