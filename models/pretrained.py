@@ -29,10 +29,13 @@ from config.validate import validate
 from core.errors import UserError, unknown_name
 from models.build import build_model
 from models.dit import DiT
+from models.remote import fetch, is_remote
 from models.sealed import check_seal, checkpoints
 
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "state.json"
+VAE_FOLDER, TEXT_FOLDER = "vae", "text_encoder"
+"""Where a checkpoint that travels carries them."""
 INFERENCE_KEYS = ("inference", "inference_capacity", "fixed_threshold")
 """Of `model.feed_forward`: the rule of routing, C of `topk`, gamma of `fixed`. Only inference looks
 at them, and layers read them when they are called."""
@@ -62,7 +65,8 @@ def load_pretrained(
     """The model of a checkpoint, in evaluation mode on the CPU.
 
     Args:
-        path: a checkpoint folder, or a run folder, whose newest checkpoint is taken.
+        path: a checkpoint folder, or a run folder, whose newest checkpoint is taken, or
+            `hub:NAME[@revision]`.
         weights: the averaged weights `ema`, another average `ema_<decay>`, or the live `model`.
         routing: other values of INFERENCE_KEYS, as far as the layer has them.
 
@@ -88,6 +92,8 @@ def read_checkpoint(
     folder = find_checkpoint(Path(path))
     check_seal(folder, (CONFIG_FILE, STATE_FILE))
     config = load_config(folder / CONFIG_FILE)
+    if (folder / VAE_FOLDER).is_dir():
+        config.data.vae_path = str(folder / VAE_FOLDER)
     if routing:
         config = _rerouted(config, routing)
     if not weights_path(folder, weights).exists():
@@ -149,7 +155,13 @@ def _rerouted(config: Config, routing: dict[str, Any]) -> Config:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """`path` if it is a checkpoint folder, else the newest checkpoint of the run at `path`."""
+    """`path` if it is a checkpoint folder, else the newest checkpoint of the run at `path`.
+
+    Raises:
+        UserError: there is none, or `hub:NAME` cannot be downloaded.
+    """
+    if is_remote(path):
+        path = fetch(path)
     if (path / STATE_FILE).is_file():
         return path
     found = [folder for folder in checkpoints(path) if (folder / STATE_FILE).is_file()]

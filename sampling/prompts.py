@@ -13,7 +13,7 @@ from core.errors import ConfigError, UserError
 from core.logging import get_logger
 from data.text.encoder import TextEncoder
 from data.text.facts import TextFacts
-from models.pretrained import Checkpoint
+from models.pretrained import TEXT_FOLDER, Checkpoint
 
 log = get_logger("sampling.prompts")
 
@@ -163,8 +163,10 @@ def text_encoder_of(
     """
     facts = text_facts(checkpoint)
     asked = facts.max_length, facts.layer, facts.prefix, facts.dtype
+    carried = checkpoint.path / TEXT_FOLDER
+    path = path or (str(carried) if carried.is_dir() else facts.encoder)
     with as_flags({"data.text_encoder": "--text-encoder"}):
-        encoder = TextEncoder(path or facts.encoder, *asked, device)
+        encoder = TextEncoder(path, *asked, device)
     difference = facts.difference(encoder.facts())
     if difference is not None:
         raise UserError(f"--text-encoder: not the one of {checkpoint.path}: {difference}")

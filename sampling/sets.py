@@ -175,9 +175,12 @@ def run_name(checkpoint: Path) -> str:
     """A name for the run that a checkpoint belongs to, for a folder and for tables.
 
     `runs/quickstart/train/checkpoints/step_0002000` gives `quickstart_train`: what comes after a
-    folder `runs`, joined, or the run folder's own name. A checkpoint elsewhere gives its own.
+    folder `runs`, joined, or the run folder's own name. A checkpoint elsewhere gives its own, one
+    of the hub the repository's.
     """
     folder = checkpoint.resolve() if checkpoint.is_symlink() else checkpoint.absolute()
+    if folder.parent.name == "snapshots":  # a download from the hub
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "_")
     if folder.parent.name != "checkpoints":
         return folder.name
     parts = folder.parent.parent.parts
