@@ -23,6 +23,7 @@ PROGRAMS = [
     "evaluations.make_reference",
     "evaluations.sweep",
     "evaluations.threshold_search",
+    "models.hub",
     "models.summary",
     "published.convert_config",
     "published.convert_weights",
