@@ -1,4 +1,4 @@
-"""python -m models.hub push RUN --repo NAME [--samples samples/RUN/SET ...] [--dry-run DIR]
+"""python -m models.hub push RUN --repo NAME
 
 Publishes a checkpoint on the Hugging Face hub: weights, config, the VAE and text encoder that it
 needs where they are folders of this machine, and a model card of what it is, how it was trained and

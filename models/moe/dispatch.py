@@ -96,16 +96,9 @@ class SegmentedProduct(torch.autograd.Function):
     """Rows of several experts, each expert's times its weight plus its bias; any counts.
 
     Every expert's part is written where it belongs: joining parts that were made one by one would
-    copy outputs and gradients, those of all weights among them.
-
-    Args:
-        rows: (N, in), sorted by expert.
-        sizes: rows of each expert.
-        weight: (E, in, out), in the precision of the rows.
-        bias: (E, out) or None.
-
-    Returns:
-        (N, out).
+    copy outputs and gradients, those of all weights among them. Takes rows (N, in) sorted by
+    expert, the rows of each as a list, weight (E, in, out) in their precision, and bias (E, out) or
+    None; gives (N, out).
     """
 
     @staticmethod
