@@ -8,7 +8,7 @@ against a dense layer of its kind as wide as the experts of a token and the shar
 are together as wide as the dense layer, and expert choice with weights renormalised for each token.
 
 Beside each stands what no layer with such experts can do without: their products and activations
-alone, on rows that lie ready, as many for each expert.
+alone, on rows that lie ready, as many for each expert as the layer gives it.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from core.command_line import Parser, file_to_write, positive
 from core.errors import command
 from core.heap import freed_memory_kept
 from core.types import RouterContext, RoutingRecord
-from models.moe.dispatch import batched_product
+from models.moe.dispatch import SegmentedProduct, batched_product
+from models.moe.experts import product_dtype
 from models.moe.layer import MoEFeedForward
 from models.moe.race import RaceRouter
 
@@ -43,29 +44,39 @@ class Products(nn.Module):
 
     Args:
         layer: whose weights are used.
-        tokens: that its experts share, T.
+        x: (B, S, D), whose routing in training says how many rows each expert has.
     """
 
-    def __init__(self, layer: MoEFeedForward, tokens: int):
+    def __init__(self, layer: MoEFeedForward, x: Tensor):
         super().__init__()
         self.experts, self.shared = layer.experts, layer.shared
-        E, D, _ = self.experts.w1.shape
-        count = round(layer.experts_per_token * tokens / E)
-        self.rows = nn.Parameter(torch.randn(E, count, D, device=self.experts.w1.device))
+        with torch.no_grad():
+            plan = layer.train()(x)[1].plan
+        self.sizes, self.equal = plan.host_sizes(), plan.capacity is not None
+        self.rows = nn.Parameter(torch.randn(len(plan.token_index), x.shape[2], device=x.device))
+
+    def product(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Rows (N, in) of all experts to (N, out)."""
+        dtype = product_dtype(rows)
+        rows, weight = rows.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        if not self.equal:
+            return SegmentedProduct.apply(rows, self.sizes, weight, bias)
+        rows = rows.view(len(weight), -1, rows.shape[1])
+        return batched_product(rows, weight, bias).flatten(0, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """(1,) mean of all outputs; `x` (B, S, D) is for the shared layer."""
         experts = self.experts
-        h = experts.activate(batched_product(self.rows, experts.w1, experts.b1))
-        mean = batched_product(h, experts.w2, experts.b2).mean()
+        h = experts.activate(self.product(self.rows, experts.w1, experts.b1))
+        mean = self.product(h, experts.w2, experts.b2).mean()
         return mean if self.shared is None else mean + self.shared(x)[0].mean(), None
 
 
 def products_of(modules: dict[str, nn.Module], x: Tensor) -> dict[str, Products]:
     """For each layer with experts, its bare products."""
-    tokens = x.shape[0] * x.shape[1]
     return {
-        f"products of {name}": Products(module, tokens)
+        f"products of {name}": Products(module, x)
         for name, module in modules.items()
         if isinstance(module, MoEFeedForward) and not name.endswith(", loop")
     }
