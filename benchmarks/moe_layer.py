@@ -40,18 +40,20 @@ SAMPLE = 256
 
 
 class Products(nn.Module):
-    """The products and activations of a layer's experts, of all that it does.
+    """The products and activations of a layer's experts and predictor, of all that it does.
 
     Args:
         layer: whose weights are used.
-        x: (B, S, D), whose routing in training says how many rows each expert has.
+        x: (B, S, D), whose routing says how many rows each expert has.
+        training: as the layer routes in training, or in inference.
     """
 
-    def __init__(self, layer: MoEFeedForward, x: Tensor):
+    def __init__(self, layer: MoEFeedForward, x: Tensor, training: bool):
         super().__init__()
         self.experts, self.shared = layer.experts, layer.shared
+        self.predictor = getattr(layer.router, "predictor", None)
         with torch.no_grad():
-            plan = layer.train()(x)[1].plan
+            plan = layer.train(training)(x)[1].plan
         self.sizes, self.equal = plan.host_sizes(), plan.capacity is not None
         self.rows = nn.Parameter(torch.randn(len(plan.token_index), x.shape[2], device=x.device))
 
@@ -66,17 +68,19 @@ class Products(nn.Module):
         return batched_product(rows, weight, bias).flatten(0, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """(1,) mean of all outputs; `x` (B, S, D) is for the shared layer."""
+        """Mean of all outputs; `x` (B, S, D) is what the shared layer and the predictor see."""
         experts = self.experts
         h = experts.activate(self.product(self.rows, experts.w1, experts.b1))
         mean = self.product(h, experts.w2, experts.b2).mean()
+        if self.predictor is not None:
+            mean = mean + self.predictor(x.flatten(0, 1)).mean()
         return mean if self.shared is None else mean + self.shared(x)[0].mean(), None
 
 
-def products_of(modules: dict[str, nn.Module], x: Tensor) -> dict[str, Products]:
+def products_of(modules: dict[str, nn.Module], x: Tensor, training: bool) -> dict[str, Products]:
     """For each layer with experts, its bare products."""
     return {
-        f"products of {name}": Products(module, x)
+        f"products of {name}": Products(module, x, training)
         for name, module in modules.items()
         if isinstance(module, MoEFeedForward) and not name.endswith(", loop")
     }
@@ -149,13 +153,17 @@ def compare(flags: argparse.Namespace) -> list[dict]:
     shape = (flags.tokens // SAMPLE, SAMPLE, flags.hidden_size)
     x = torch.randn(shape, device=device, requires_grad=True)
     modules, dense = FAMILIES[flags.family](flags)
+    other = torch.randn_like(x)  # on x itself, all experts would take equally many
     for module in modules.values():
-        settle(module, x)
-    bare = products_of(modules, x)
-    dense |= {name: dense[name.removeprefix("products of ")] for name in bare}
-    modules |= bare
-    train = alternate({n: training(m, x, bf16) for n, m in modules.items()}, flags.repeats, device)
-    infer = alternate({n: inference(m, x, bf16) for n, m in modules.items()}, flags.repeats, device)
+        settle(module, other)
+    seconds = {}
+    for what, call, while_training in (("train", training, True), ("infer", inference, False)):
+        timed = modules | products_of(modules, x, while_training)
+        calls = {name: call(module, x, bf16) for name, module in timed.items()}
+        seconds[what] = alternate(calls, flags.repeats, device)
+    train, infer = seconds["train"], seconds["infer"]
+    modules = timed
+    dense |= {name: dense[name.removeprefix("products of ")] for name in modules}
     memory = {n: activation_memory(forward_only(m, x, bf16), m, device) for n, m in modules.items()}
     return [
         {
