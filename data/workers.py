@@ -21,7 +21,7 @@ def steady(number: int) -> None:
     Args:
         number: of the worker; the same is done in all.
     """
-    # Batches come and go in many sizes here, and what they leave would pile up.
+    # Batches come and go here in many sizes, and what they leave would pile up.
     keep_freed_memory(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
