@@ -17,7 +17,12 @@ from demo.asked import (
 from demo.work import Studio, class_choices
 from sampling.pipeline import Pipeline
 
-QUICK = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "always_last"}
+QUICK = {
+    "show_progress": "hidden",
+    "concurrency_limit": None,
+    "trigger_mode": "always_last",
+    "preprocess": False,
+}
 """How a look at what is there already is run: at once, and the last one counts."""
 IMAGES = 8
 Inputs = list[gr.components.Component]

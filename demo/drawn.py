@@ -59,7 +59,7 @@ class Drawn:
     @property
     def layers(self) -> int:
         """L."""
-        return len(self.maps) - 1
+        return max(len(self.maps) - 1, 0)
 
     def map_at(self, step: object, layer: object) -> np.ndarray | None:
         """(N, S) experts of each token.
@@ -72,7 +72,7 @@ class Drawn:
             UserError: there is no such step or layer.
         """
         step = whole("step", step, 1, self.evaluations)
-        layer = whole("layer", layer, 0, max(self.layers, 0))
+        layer = whole("layer", layer, 0, self.layers)
         maps = self.maps[layer] if self.maps else None
         return None if maps is None else maps[step - 1]
 

@@ -22,8 +22,8 @@ MOST_WAITING = 8
 """Generations that wait for the model; more are refused."""
 KEPT_SECONDS = 3600
 """How long what a visitor generated is kept after the last look at it."""
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
-"""One generation at a time: the others wait."""
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "preprocess": False}
+"""One generation at a time. Inputs come as they were sent: `demo.work` checks them."""
 
 HEAD = """<div class="dm-head"><h1>DiffMoE: watch where a picture costs computation</h1><p>Every
 token of every step goes to as many experts as it needs. <b>Left of each pair the image as the model
@@ -125,9 +125,7 @@ def _watch(studio: Studio, inputs: Inputs, drawn: gr.State) -> Inputs:
         step = gr.Slider(1, 2, 1, step=1, label="Step (evaluation of the model)", elem_id="step")
         layer = gr.Slider(0, 1, 0, step=1, label="Layer (0: mean over layers)", elem_id="layer")
     pictures = gr.HTML(
-        views.words(
-            "Press Generate: images appear while they are denoised, their cost beside them."
-        ),
+        views.words("Press Generate: images appear as they are denoised, their cost beside them."),
         elem_id="pictures",
     )
     curve = gr.HTML(elem_id="curve")

@@ -18,8 +18,8 @@ def read(path: Path) -> tuple[Drawn, CapacityRun]:
     Raises:
         UserError: no such set, or a damaged one.
     """
-    run = read_run(path)
     try:
+        run = read_run(path)
         return _drawn(run), run
     except (KeyError, ValueError, IndexError, TypeError) as error:
         if isinstance(error, UserError):

@@ -40,12 +40,12 @@ def pictures(drawn: Drawn, step: object, layer: object) -> str:
     step, layer = int(step), int(layer)
     if len(drawn.steps) > 1 and step == drawn.evaluations:
         images = drawn.images
-    where = "mean over the layers" if layer == 0 else f"MoE layer {layer} of {drawn.layers}"
+    where = "mean over layers" if layer == 0 else f"MoE layer {layer} of {drawn.layers}"
     done = "" if len(drawn.steps) > 1 else ", over the finished images"
     words = views.words(f"evaluation {step} of {drawn.evaluations} · {where}{done}")
     notes = None if drawn.spent is None else [f"C {spent:.2f}" for spent in drawn.spent]
     if maps is None:
-        why = "a dense model: every token costs the same" if not drawn.layers else "no map here"
+        why = "a dense model: every token costs the same" if not drawn.maps else "no map here"
         return words + views.words(why) + views.gallery(images, None, drawn.names, 1.0, notes)
     even = "" if np.ptp(maps) > 0 else views.words(_evenly(maps))
     cards = views.gallery(images, maps, drawn.names, drawn.top, notes)

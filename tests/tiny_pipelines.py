@@ -23,8 +23,8 @@ def made(layer, name="random", **config):
     model = build_model(options).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    for name, buffer in model.named_buffers():
-        if name.endswith("thresholds"):
+    for key, buffer in model.named_buffers():
+        if key.endswith("thresholds"):
             buffer.fill_(0.4)
     settings = SamplingConfig(sampler=None if config else "euler", num_steps=3, cfg_scale=2.0)
     data = DataConfig(vae_path=None, image_size=4, source="images", data_path="there")
