@@ -27,7 +27,8 @@ def under_way(progress: Progress) -> tuple[str, str]:
     if not progress.lines:
         return bar + pictures, ""
     lines = np.stack(progress.lines)  # (t, L)
-    return bar + views.legend(progress.top) + pictures, views.curve(_named(lines), progress.total)
+    line = views.curve(_named(lines), progress.total, 1 / progress.cost)
+    return bar + views.legend(progress.top) + pictures, line
 
 
 def pictures(drawn: Drawn, step: object, layer: object) -> str:
@@ -57,7 +58,7 @@ def curves(drawn: Drawn, step: object = None) -> str:
     if drawn.lines.shape[1] == 0:
         return ""
     at = None if step is None else whole("step", step, 1, drawn.evaluations)
-    return views.curve(_named(drawn.lines), len(drawn.lines), at=at)
+    return views.curve(_named(drawn.lines), len(drawn.lines), 1 / drawn.cost, at=at)
 
 
 def facts(drawn: Drawn) -> str:
@@ -135,12 +136,13 @@ def side_by_side(drawn: Sequence[Drawn], titles: Sequence[str]) -> str:
         notes = None if one.spent is None else [f"C {value:.2f}" for value in one.spent]
         parts.append(views.gallery(one.images, mean, one.names, top, notes))
     lines = {
-        title: one.lines.mean(axis=1)
+        title: one.cost * one.lines.mean(axis=1)
         for one, title in zip(drawn, titles, strict=True)
         if one.lines.shape[1]
     }
     longest = max(one.evaluations for one in drawn)
-    return "".join(parts) + (views.curve(lines, longest) if lines else "")
+    label = "cost of the experts, in dense layers,"
+    return "".join(parts) + (views.curve(lines, longest, label=label) if lines else "")
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> float:
