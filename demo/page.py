@@ -136,12 +136,11 @@ def _watch(studio: Studio, inputs: Inputs, drawn: gr.State) -> Inputs:
 
     @told_on_the_way
     def generate(*words: object) -> Iterator[tuple]:
-        same = [gr.skip()] * 7
-        yield gr.skip(), gr.skip(), *same[:-1], gr.update(visible=False)
+        same = [gr.skip()] * 6
         with closing(studio.generate(*words)) as parts:
             for shown, line, found in parts:
-                if found is None:
-                    yield shown, line, *same
+                if found is None:  # sliders come back with the end
+                    yield shown, line, *same, gr.update(visible=False)
                 else:
                     yield shown, line, show.facts(found), found, *_ranges(found)
 

@@ -118,6 +118,8 @@ def test_wrong_input_is_one_line_in_the_page_and_nothing_is_lost(visit):
     page.wait_for_selector("text=seed: -4 is not allowed; allowed: a whole number")
     assert "Traceback" not in page.content()
     np.testing.assert_array_equal(pixels(page, "dm-image"), before)
+    choose(page, step=1)  # what was drawn is still there to be looked at
+    page.wait_for_selector("text=evaluation 1 of 2")
     choose(page, seed=1)
     generate(page)
     page.wait_for_function("document.querySelectorAll('#pictures img.dm-map').length === 1")
