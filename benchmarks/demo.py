@@ -9,7 +9,6 @@ page's server to a client.
 import argparse
 import socket
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -53,7 +52,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser("benchmarks.demo", __doc__)
     add = parser.add_argument
-    add("--ckpt", type=Path, default=Path("runs/quickstart/train"), help="a model of classes")
+    add("--ckpt", default="runs/quickstart/train", help="a model of classes")
     add("--num-images", type=positive, default=8, help="images at once; default 8")
     add("--steps", type=positive, default=30, help="steps; default 30")
     add("--repeats", type=positive, default=5, help="generations of each way; the median counts")

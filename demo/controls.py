@@ -14,6 +14,7 @@ from demo.asked import (
     rules,
     samplers,
 )
+from demo.told import told
 from demo.work import Studio, class_choices
 from sampling.pipeline import Pipeline
 
@@ -50,7 +51,7 @@ def controls(studio: Studio) -> Inputs:
     chosen = rule(studio, name, "")
     if len(names) > 1:
         name.change(
-            lambda one: gr.update(**_samplers(studio.pipe(one))),
+            told(lambda one: gr.update(**_samplers(studio.pipe(one)))),
             name, sampler, api_visibility="private", **QUICK,
         )  # fmt: skip
     return [name, what, count, seed, sampler, steps, guidance, *chosen]
@@ -81,10 +82,12 @@ def rule(studio: Studio, name: gr.Dropdown, which: str) -> Inputs:
     )  # fmt: skip
     none = gr.HTML(visible=not rules(first), value=_no_choice(first))
 
+    @told
     def shown(one: object, selected: object) -> tuple[dict, dict]:
         takes = _takes_capacity(studio.pipe(one), selected)
         return gr.update(visible=takes), gr.update(visible=selected == "fixed")
 
+    @told
     def renewed(one: object) -> tuple[dict, dict]:
         pipe = studio.pipe(one)
         without = gr.update(visible=not rules(pipe), value=_no_choice(pipe))

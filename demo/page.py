@@ -1,19 +1,17 @@
 """The page: controls, tabs, and which button does what. Needs Gradio."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import gradio as gr
 
-from core.errors import one_line
-from core.logging import get_logger
 from demo import show, views
 from demo.asked import rules
 from demo.controls import QUICK, Inputs, controls, rule
 from demo.drawn import Drawn
 from demo.recorded import classes as recorded_classes
+from demo.told import told, told_on_the_way
 from demo.work import COMPANY, RULES, Studio, class_choices
 from evaluations.capacity import CapacityRun, numbers
 
@@ -32,8 +30,6 @@ the same colour everywhere.</p></div>"""
 
 Recorded = tuple[Drawn, CapacityRun]
 
-log = get_logger("demo")
-
 
 def theme() -> gr.themes.Base:
     """Fonts of the visitor's system: nothing is fetched from anywhere."""
@@ -44,43 +40,6 @@ def theme() -> gr.themes.Base:
         font_mono=["ui-monospace", "Consolas", "monospace"],
         radius_size="lg",
     )
-
-
-def told(function: Callable) -> Callable:
-    """A function whose refusals become one line in the page; others are logged, not shown."""
-
-    @functools.wraps(function)
-    def call(*args: object) -> object:
-        try:
-            return function(*args)
-        except Exception as error:
-            raise _refusal(error) from None
-
-    return call
-
-
-def told_on_the_way(function: Callable) -> Callable:
-    """The same of a generator."""
-
-    @functools.wraps(function)
-    def go(*args: object) -> Iterator[object]:
-        try:
-            with closing(function(*args)) as parts:
-                yield from parts
-        except Exception as error:
-            raise _refusal(error) from None
-
-    return go
-
-
-def _refusal(error: Exception) -> gr.Error:
-    if isinstance(error, gr.Error):
-        return error
-    line = one_line(error)
-    if line is None:
-        log.error("a request failed: %s: %s", type(error).__name__, error)
-        line = "something went wrong on the server, which has written what into its log"
-    return gr.Error(line, duration=8, print_exception=False, title="Not possible")
 
 
 def build(studio: Studio | None, records: dict[str, Recorded]) -> gr.Blocks:

@@ -9,7 +9,7 @@ Shapes: N samples, H and W of the image.
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +171,7 @@ class Pipeline:
         keys: Sequence[int] | None = None,
         routing: dict[str, Any] | None = None,
         **sampling: Any,
-    ) -> Iterator[Step | Result]:
+    ) -> Generator[Step | Result, None, None]:
         """The same, step by step: a `Step` for each evaluation, and at last the `Result`.
 
         Work is done in a thread, a few steps ahead at most. Closing the iterator, or forgetting it,
