@@ -1,6 +1,7 @@
 """Small random models that draw, for tests of what is built on them."""
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import torch
@@ -32,3 +33,8 @@ def made(layer, name="random", **config):
     state = {"step": 7, "latents": None}
     pretrained = Pretrained(whole, state, Path("runs") / name, model)
     return Pipeline(pretrained, PixelSpace(), None, torch.device("cpu"))
+
+
+def at_work() -> int:
+    """Threads that sample for a stream."""
+    return sum(thread.name == "sampling" for thread in threading.enumerate())

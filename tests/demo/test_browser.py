@@ -2,11 +2,11 @@
 
 import base64
 import io
-import threading
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_pipelines import at_work
 
 from evaluations.overlay import overlay
 
@@ -137,10 +137,6 @@ def test_two_tabs_at_once_do_not_mix(visit, server):
         np.testing.assert_array_equal(pixels(page, "dm-image"), result.images)
 
 
-def sampling():
-    return [thread for thread in threading.enumerate() if thread.name == "sampling"]
-
-
 def test_a_closed_tab_stops_the_work_and_makes_room(visit, server):
     page, calls = visit(), []
     model = next(iter(server.pipes.values())).pretrained.model
@@ -148,13 +144,13 @@ def test_a_closed_tab_stops_the_work_and_makes_room(visit, server):
     choose(page, count=16, steps=200)
     page.click("#generate")
     page.wait_for_selector("#pictures img.dm-map")
-    assert len(sampling()) == 1
+    assert at_work() == 1
     page.close()
     other = visit()
     choose(other, count=1, steps=2)
     generate(other)
     hook.remove()
-    assert not sampling()
+    assert at_work() == 0
     assert len(calls) < 2 * 200  # all that was asked for first
 
 
@@ -165,10 +161,10 @@ def test_the_stop_button_stops(visit):
     page.wait_for_selector("#pictures img.dm-map")
     page.click("#stop")
     for _ in range(100):
-        if not sampling():
+        if not at_work():
             break
         page.wait_for_timeout(50)
-    assert not sampling()
+    assert at_work() == 0
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -3,12 +3,11 @@
 import base64
 import io
 import re
-import threading
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_pipelines import made
+from tiny_pipelines import at_work, made
 
 from config.layers import DenseConfig, DiffMoEConfig, TokenChoiceConfig
 from config.objective import DDPMConfig
@@ -122,7 +121,6 @@ def test_rules_that_a_visitor_may_choose(studio):
     ],
 )
 def test_wrong_inputs_are_refused_in_one_line(studio, name, what, count, changes, wanted):
-    threads = threading.active_count()
     settings = with_changes(**changes)
     for work in (
         lambda: studio.generate(name, what, count, *settings),
@@ -132,7 +130,7 @@ def test_wrong_inputs_are_refused_in_one_line(studio, name, what, count, changes
             list(work())
         assert "\n" not in str(refused.value)
         assert len(str(refused.value)) < 300
-    assert threading.active_count() == threads
+    assert at_work() == 0
 
 
 def test_pictures_that_would_fill_the_memory_are_refused(studio, monkeypatch):
@@ -260,16 +258,15 @@ def test_a_ddpm_checkpoint_has_its_own_samplers():
 
 
 def test_closing_a_generation_ends_its_work(studio):
-    threads = threading.active_count()
     work = studio.generate("diffmoe", 1, 1, *with_changes(steps=200))
     next(work)
-    assert threading.active_count() == threads + 1
+    assert at_work() == 1
     work.close()
-    assert threading.active_count() == threads
+    assert at_work() == 0
     work = studio.classes("diffmoe", [0, 1], 1, *with_changes(steps=200))
     next(work)
     work.close()
-    assert threading.active_count() == threads
+    assert at_work() == 0
 
 
 def test_prompts(trained_t2i):
