@@ -113,7 +113,7 @@ def launch(page, host: str, port: int, wait: bool = True) -> None:
         quiet=True,
         footer_links=[],
         prevent_thread_lock=not wait,
-        state_session_capacity=32,
+        state_session_capacity=16,
     )
 
 

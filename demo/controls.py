@@ -14,10 +14,16 @@ from demo.asked import (
     rules,
     samplers,
 )
+from demo.told import told
 from demo.work import Studio, class_choices
 from sampling.pipeline import Pipeline
 
-QUICK = {"show_progress": "hidden", "concurrency_limit": None, "trigger_mode": "always_last"}
+QUICK = {
+    "show_progress": "hidden",
+    "concurrency_limit": None,
+    "trigger_mode": "always_last",
+    "preprocess": False,
+}
 """How a look at what is there already is run: at once, and the last one counts."""
 IMAGES = 8
 Inputs = list[gr.components.Component]
@@ -45,7 +51,7 @@ def controls(studio: Studio) -> Inputs:
     chosen = rule(studio, name, "")
     if len(names) > 1:
         name.change(
-            lambda one: gr.update(**_samplers(studio.pipe(one))),
+            told(lambda one: gr.update(**_samplers(studio.pipe(one)))),
             name, sampler, api_visibility="private", **QUICK,
         )  # fmt: skip
     return [name, what, count, seed, sampler, steps, guidance, *chosen]
@@ -76,10 +82,12 @@ def rule(studio: Studio, name: gr.Dropdown, which: str) -> Inputs:
     )  # fmt: skip
     none = gr.HTML(visible=not rules(first), value=_no_choice(first))
 
+    @told
     def shown(one: object, selected: object) -> tuple[dict, dict]:
         takes = _takes_capacity(studio.pipe(one), selected)
         return gr.update(visible=takes), gr.update(visible=selected == "fixed")
 
+    @told
     def renewed(one: object) -> tuple[dict, dict]:
         pipe = studio.pipe(one)
         without = gr.update(visible=not rules(pipe), value=_no_choice(pipe))

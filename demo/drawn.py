@@ -59,7 +59,7 @@ class Drawn:
     @property
     def layers(self) -> int:
         """L."""
-        return len(self.maps) - 1
+        return max(len(self.maps) - 1, 0)
 
     def map_at(self, step: object, layer: object) -> np.ndarray | None:
         """(N, S) experts of each token.
@@ -72,7 +72,7 @@ class Drawn:
             UserError: there is no such step or layer.
         """
         step = whole("step", step, 1, self.evaluations)
-        layer = whole("layer", layer, 0, max(self.layers, 0))
+        layer = whole("layer", layer, 0, self.layers)
         maps = self.maps[layer] if self.maps else None
         return None if maps is None else maps[step - 1]
 
@@ -88,13 +88,18 @@ class Progress:
 
     Attributes:
         total: evaluations that are to come in all.
+        top: where the colours end.
+        cost: of `Drawn`.
+        names: of the samples.
         images: (N, H, W, 3) of the last step.
         maps: (N, S) mean over the layers there, or None.
-        lines: of `Drawn`, so far.
+        lines: (L,) of each step so far.
+        done: steps so far.
     """
 
     total: int
     top: float
+    cost: float
     names: list[str]
     images: np.ndarray | None = None
     maps: np.ndarray | None = None
@@ -107,7 +112,7 @@ def draw(
 ) -> Iterator[Progress | Drawn]:
     """The generation step by step, and at last all of it; closing it ends the work."""
     top = scale_of(pipe, ask)
-    progress = Progress(ask.evaluations, top, ask.names)
+    progress = Progress(ask.evaluations, top, pipe.cost(), ask.names)
     steps, began = [], time.perf_counter()
     with closing(pipe.stream(**ask.words(), keys=keys)) as stream:
         for step in stream:

@@ -1,19 +1,17 @@
 """The page: controls, tabs, and which button does what. Needs Gradio."""
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import gradio as gr
 
-from core.errors import one_line
-from core.logging import get_logger
 from demo import show, views
 from demo.asked import rules
 from demo.controls import QUICK, Inputs, controls, rule
 from demo.drawn import Drawn
 from demo.recorded import classes as recorded_classes
+from demo.told import told, told_on_the_way
 from demo.work import COMPANY, RULES, Studio, class_choices
 from evaluations.capacity import CapacityRun, numbers
 
@@ -22,8 +20,8 @@ MOST_WAITING = 8
 """Generations that wait for the model; more are refused."""
 KEPT_SECONDS = 3600
 """How long what a visitor generated is kept after the last look at it."""
-MODEL = {"concurrency_id": "model", "concurrency_limit": 1}
-"""One generation at a time: the others wait."""
+MODEL = {"concurrency_id": "model", "concurrency_limit": 1, "preprocess": False}
+"""One generation at a time. Inputs come as they were sent: `demo.work` checks them."""
 
 HEAD = """<div class="dm-head"><h1>DiffMoE: watch where a picture costs computation</h1><p>Every
 token of every step goes to as many experts as it needs. <b>Left of each pair the image as the model
@@ -31,8 +29,6 @@ sees it behind the noise, right of it the experts at work for each token</b>; a 
 the same colour everywhere.</p></div>"""
 
 Recorded = tuple[Drawn, CapacityRun]
-
-log = get_logger("demo")
 
 
 def theme() -> gr.themes.Base:
@@ -44,43 +40,6 @@ def theme() -> gr.themes.Base:
         font_mono=["ui-monospace", "Consolas", "monospace"],
         radius_size="lg",
     )
-
-
-def told(function: Callable) -> Callable:
-    """A function whose refusals become one line in the page; others are logged, not shown."""
-
-    @functools.wraps(function)
-    def call(*args: object) -> object:
-        try:
-            return function(*args)
-        except Exception as error:
-            raise _refusal(error) from None
-
-    return call
-
-
-def told_on_the_way(function: Callable) -> Callable:
-    """The same of a generator."""
-
-    @functools.wraps(function)
-    def go(*args: object) -> Iterator[object]:
-        try:
-            with closing(function(*args)) as parts:
-                yield from parts
-        except Exception as error:
-            raise _refusal(error) from None
-
-    return go
-
-
-def _refusal(error: Exception) -> gr.Error:
-    if isinstance(error, gr.Error):
-        return error
-    line = one_line(error)
-    if line is None:
-        log.error("a request failed: %s: %s", type(error).__name__, error)
-        line = "something went wrong on the server, which has written what into its log"
-    return gr.Error(line, duration=8, print_exception=False, title="Not possible")
 
 
 def build(studio: Studio | None, records: dict[str, Recorded]) -> gr.Blocks:
@@ -125,9 +84,7 @@ def _watch(studio: Studio, inputs: Inputs, drawn: gr.State) -> Inputs:
         step = gr.Slider(1, 2, 1, step=1, label="Step (evaluation of the model)", elem_id="step")
         layer = gr.Slider(0, 1, 0, step=1, label="Layer (0: mean over layers)", elem_id="layer")
     pictures = gr.HTML(
-        views.words(
-            "Press Generate: images appear while they are denoised, their cost beside them."
-        ),
+        views.words("Press Generate: images appear as they are denoised, their cost beside them."),
         elem_id="pictures",
     )
     curve = gr.HTML(elem_id="curve")
@@ -138,12 +95,11 @@ def _watch(studio: Studio, inputs: Inputs, drawn: gr.State) -> Inputs:
 
     @told_on_the_way
     def generate(*words: object) -> Iterator[tuple]:
-        same = [gr.skip()] * 7
-        yield gr.skip(), gr.skip(), *same[:-1], gr.update(visible=False)
+        same = [gr.skip()] * 6
         with closing(studio.generate(*words)) as parts:
             for shown, line, found in parts:
-                if found is None:
-                    yield shown, line, *same
+                if found is None:  # sliders come back with the end
+                    yield shown, line, *same, gr.update(visible=False)
                 else:
                     yield shown, line, show.facts(found), found, *_ranges(found)
 

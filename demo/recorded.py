@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 
+from config.load import build_config
 from core.errors import UserError
 from demo.drawn import Drawn
 from evaluations.capacity import CapacityRun, by_class, groups_of, images_of, over_classes, read_run
+from sampling.pipeline import expert_cost
 
 MOST_SHOWN = 5
 """Images of a class."""
@@ -18,8 +20,8 @@ def read(path: Path) -> tuple[Drawn, CapacityRun]:
     Raises:
         UserError: no such set, or a damaged one.
     """
-    run = read_run(path)
     try:
+        run = read_run(path)
         return _drawn(run), run
     except (KeyError, ValueError, IndexError, TypeError) as error:
         if isinstance(error, UserError):
@@ -47,6 +49,7 @@ def _drawn(run: CapacityRun) -> Drawn:
         lines,
         None,
         top,
+        expert_cost(build_config(run.record["config"]).model),
     )
 
 

@@ -27,7 +27,8 @@ def under_way(progress: Progress) -> tuple[str, str]:
     if not progress.lines:
         return bar + pictures, ""
     lines = np.stack(progress.lines)  # (t, L)
-    return bar + views.legend(progress.top) + pictures, views.curve(_named(lines), progress.total)
+    line = views.curve(_named(lines), progress.total, 1 / progress.cost)
+    return bar + views.legend(progress.top) + pictures, line
 
 
 def pictures(drawn: Drawn, step: object, layer: object) -> str:
@@ -40,12 +41,12 @@ def pictures(drawn: Drawn, step: object, layer: object) -> str:
     step, layer = int(step), int(layer)
     if len(drawn.steps) > 1 and step == drawn.evaluations:
         images = drawn.images
-    where = "mean over the layers" if layer == 0 else f"MoE layer {layer} of {drawn.layers}"
+    where = "mean over layers" if layer == 0 else f"MoE layer {layer} of {drawn.layers}"
     done = "" if len(drawn.steps) > 1 else ", over the finished images"
     words = views.words(f"evaluation {step} of {drawn.evaluations} · {where}{done}")
     notes = None if drawn.spent is None else [f"C {spent:.2f}" for spent in drawn.spent]
     if maps is None:
-        why = "a dense model: every token costs the same" if not drawn.layers else "no map here"
+        why = "a dense model: every token costs the same" if not drawn.maps else "no map here"
         return words + views.words(why) + views.gallery(images, None, drawn.names, 1.0, notes)
     even = "" if np.ptp(maps) > 0 else views.words(_evenly(maps))
     cards = views.gallery(images, maps, drawn.names, drawn.top, notes)
@@ -57,7 +58,7 @@ def curves(drawn: Drawn, step: object = None) -> str:
     if drawn.lines.shape[1] == 0:
         return ""
     at = None if step is None else whole("step", step, 1, drawn.evaluations)
-    return views.curve(_named(drawn.lines), len(drawn.lines), at=at)
+    return views.curve(_named(drawn.lines), len(drawn.lines), 1 / drawn.cost, at=at)
 
 
 def facts(drawn: Drawn) -> str:
@@ -135,12 +136,13 @@ def side_by_side(drawn: Sequence[Drawn], titles: Sequence[str]) -> str:
         notes = None if one.spent is None else [f"C {value:.2f}" for value in one.spent]
         parts.append(views.gallery(one.images, mean, one.names, top, notes))
     lines = {
-        title: one.lines.mean(axis=1)
+        title: one.cost * one.lines.mean(axis=1)
         for one, title in zip(drawn, titles, strict=True)
         if one.lines.shape[1]
     }
     longest = max(one.evaluations for one in drawn)
-    return "".join(parts) + (views.curve(lines, longest) if lines else "")
+    label = "cost of the experts, in dense layers,"
+    return "".join(parts) + (views.curve(lines, longest, label=label) if lines else "")
 
 
 def apart(one: np.ndarray, other: np.ndarray) -> float:

@@ -119,7 +119,7 @@ def curve(
     Args:
         lines: (up to T,) by name.
         total: T of the axis.
-        dense: where the dotted line of a dense model is; None for none.
+        dense: experts per token that cost as much as a dense layer: a dotted line; None for none.
         label: of the upward axis.
         at: evaluation that is looked at, from 1.
     """
@@ -135,7 +135,7 @@ def curve(
     parts = [_axes(x, y, total, high)]
     if dense is not None:
         parts.append(_line("dm-dense", LEFT, WIDTH - RIGHT, y(dense), y(dense)))
-        parts.append(_words(WIDTH - RIGHT, y(dense) - 5, "end", "dense"))
+        parts.append(_words(LEFT + 4, y(dense) + 13, "start", "as a dense layer"))
     if at is not None:
         parts.append(_line("dm-at", x(at), x(at), TOP, y(0)))
     keys = []

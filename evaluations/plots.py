@@ -53,12 +53,15 @@ def overlay_figure(
     return figure
 
 
-def capacity_figure(results: Result | Mapping[str, Result], by_layer: bool = False) -> Figure:
+def capacity_figure(
+    results: Result | Mapping[str, Result], by_layer: bool = False, dense: float = 1.0
+) -> Figure:
     """Experts per token over the sampling, against a dense model: a line for each result or layer.
 
     Args:
         results: one, or several by the names that the lines have.
         by_layer: a line for each layer, of a single result.
+        dense: experts per token that cost as much as a dense layer, 1 / `Pipeline.cost()`.
 
     Raises:
         UserError: a model without experts, or layers of several results.
@@ -75,7 +78,7 @@ def capacity_figure(results: Result | Mapping[str, Result], by_layer: bool = Fal
                 axes.plot(np.arange(1, len(line) + 1), line, label=f"MoE layer {number}", lw=1.2)
         else:
             axes.plot(np.arange(1, len(lines) + 1), lines.mean(axis=1), label=name)
-    axes.axhline(1.0, color="grey", lw=0.8, ls=":", label="a dense model")
+    axes.axhline(dense, color="grey", lw=0.8, ls=":", label="a dense model")
     axes.set(xlabel="model evaluation, from noise to data", ylabel="experts per token, C_infer")
     axes.set_ylim(bottom=0.0)
     axes.legend(frameon=False, fontsize=8)

@@ -9,7 +9,7 @@ Shapes: N samples, H and W of the image.
 
 import dataclasses
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config.model import ModelConfig
 from config.objective import SamplingConfig
 from config.typed import convert
 from config.validate import validate
@@ -137,9 +138,8 @@ class Pipeline:
         return self.pretrained.config.model.feed_forward.sampling_sees_batch()
 
     def cost(self) -> float:
-        """What an expert costs for a token, in units of a dense layer of the same kind."""
-        model = self.pretrained.config.model
-        return model.expert_width() / model.dense_width() if model.moe_blocks() else 1.0
+        """Of an expert, see `expert_cost`."""
+        return expert_cost(self.pretrained.config.model)
 
     def sample(
         self,
@@ -171,7 +171,7 @@ class Pipeline:
         keys: Sequence[int] | None = None,
         routing: dict[str, Any] | None = None,
         **sampling: Any,
-    ) -> Iterator[Step | Result]:
+    ) -> Generator[Step | Result, None, None]:
         """The same, step by step: a `Step` for each evaluation, and at last the `Result`.
 
         Work is done in a thread, a few steps ahead at most. Closing the iterator, or forgetting it,
@@ -285,6 +285,11 @@ def load(
         encoder = text_encoder_of(pretrained, text_encoder, device)
     pretrained.model.to(device)
     return Pipeline(pretrained, decoder, encoder, device)
+
+
+def expert_cost(model: ModelConfig) -> float:
+    """What an expert costs for a token, in units of a dense layer of its kind: by their widths."""
+    return model.expert_width() / model.dense_width() if model.moe_blocks() else 1.0
 
 
 def _is_whole(value: object) -> bool:

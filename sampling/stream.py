@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 WAITING = 2
@@ -13,7 +13,7 @@ class _ClosedError(Exception):
     """Nobody looks any more."""
 
 
-def streamed(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+def streamed(work: Callable[[Callable[[Any], None]], Any]) -> Generator[Any, None, None]:
     """What `work` tells, from a thread of its own, and at last what it returns.
 
     Closing the iterator ends the work when it next tells something, and waits for that; an error of

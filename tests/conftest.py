@@ -65,6 +65,12 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
             terminalreporter.write_line(f"{count} cases need {NEEDS[name]}; there is none here")
 
 
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The browser of tests with the marker `browser`."""
+    return CHROMIUM
+
+
 @pytest.fixture(params=DEVICES)
 def device(request) -> torch.device:
     """Where a test computes: on the CPU, and on a GPU where there is one."""

@@ -1,6 +1,7 @@
 """Small random models that draw, for tests of what is built on them."""
 
 import dataclasses
+import threading
 from pathlib import Path
 
 import torch
@@ -23,8 +24,8 @@ def made(layer, name="random", **config):
     model = build_model(options).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    for name, buffer in model.named_buffers():
-        if name.endswith("thresholds"):
+    for key, buffer in model.named_buffers():
+        if key.endswith("thresholds"):
             buffer.fill_(0.4)
     settings = SamplingConfig(sampler=None if config else "euler", num_steps=3, cfg_scale=2.0)
     data = DataConfig(vae_path=None, image_size=4, source="images", data_path="there")
@@ -32,3 +33,8 @@ def made(layer, name="random", **config):
     state = {"step": 7, "latents": None}
     pretrained = Pretrained(whole, state, Path("runs") / name, model)
     return Pipeline(pretrained, PixelSpace(), None, torch.device("cpu"))
+
+
+def at_work() -> int:
+    """Threads that sample for a stream."""
+    return sum(thread.name == "sampling" for thread in threading.enumerate())

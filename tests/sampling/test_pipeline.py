@@ -1,13 +1,12 @@
 """Drawing from Python: images, steps on the way, routing of every token, rules changed live."""
 
 import dataclasses
-import threading
 import time
 
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import made
+from tiny_pipelines import at_work, made
 
 from config.layers import DenseConfig, DiffMoEConfig, ExpertChoiceConfig, TokenChoiceConfig
 from config.objective import DDPMConfig, SamplingConfig
@@ -185,13 +184,12 @@ def test_rules_by_layer():
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_starts(layer, asked, wanted):
-    threads = threading.active_count()
     asked = {"wanted": [0]} | asked
     for call in (made(RULED[layer]).sample, made(RULED[layer]).stream):
         with pytest.raises(UserError, match=wanted) as caught:
             call(asked["wanted"], **{k: v for k, v in asked.items() if k != "wanted"})
         assert "\n" not in str(caught.value)
-    assert threading.active_count() == threads
+    assert at_work() == 0
 
 
 def test_a_stream_has_every_step_and_ends_with_the_result():
@@ -234,23 +232,23 @@ def calls_of(pipe):
 
 def test_closing_a_stream_ends_the_work_at_the_next_evaluation():
     pipe = made(DiffMoEConfig(num_experts=4))
-    calls, threads = calls_of(pipe), threading.active_count()
+    calls = calls_of(pipe)
     stream = pipe.stream([0], num_steps=500)
     next(stream)
     stream.close()
-    assert threading.active_count() == threads
+    assert at_work() == 0
     seen = len(calls)
     assert seen <= 2 * 5  # the one looked at, those that waited, and one on its way
     assert len(calls) == seen
 
 
 def test_a_stream_that_is_forgotten_or_never_begun_leaves_no_thread():
-    pipe, threads = made(DiffMoEConfig(num_experts=4)), threading.active_count()
+    pipe = made(DiffMoEConfig(num_experts=4))
     stream = pipe.stream([0], num_steps=500)
-    assert threading.active_count() == threads
+    assert at_work() == 0
     next(stream)
     del stream
-    assert threading.active_count() == threads
+    assert at_work() == 0
 
 
 def test_errors_of_the_work_reach_whoever_looks():
