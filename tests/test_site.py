@@ -57,7 +57,7 @@ def test_nothing_is_loaded_from_another_host(site):
 
 
 def test_results_and_changelog_are_those_of_the_repository(site):
-    for page, heading in (("results", "One layer on two CPU cores"), ("changelog", "0.2.0")):
+    for page, heading in (("results", "Layers of other papers"), ("changelog", "0.2.0")):
         assert heading in (site / page / "index.html").read_text()
     assert "What a change has" in (site / "contributing" / "index.html").read_text()
 
