@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from core.types import RoutingPlan
 
@@ -97,19 +98,21 @@ class SegmentedProduct(torch.autograd.Function):
 
     Every expert's part is written where it belongs: joining parts that were made one by one would
     copy outputs and gradients, those of all weights among them.
-
-    Args:
-        rows: (N, in), sorted by expert.
-        sizes: rows of each expert.
-        weight: (E, in, out), in the precision of the rows.
-        bias: (E, out) or None.
-
-    Returns:
-        (N, out).
     """
 
     @staticmethod
-    def forward(ctx, rows, sizes, weight, bias):
+    def forward(
+        ctx: FunctionCtx, rows: Tensor, sizes: list[int], weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """(N, out).
+
+        Args:
+            ctx: for the backward pass.
+            rows: (N, in), sorted by expert.
+            sizes: rows of each expert.
+            weight: (E, in, out), in the precision of the rows.
+            bias: (E, out) or None.
+        """
         ctx.save_for_backward(rows, weight)
         ctx.sizes, ctx.biased = sizes, bias is not None
         y = rows.new_empty(len(rows), weight.shape[2])
