@@ -6,6 +6,7 @@ Shapes: T evaluations, L layers, N samples, S tokens of an image.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -13,10 +14,40 @@ from matplotlib.figure import Figure
 from core.errors import UserError
 from evaluations.figures import class_figure
 from evaluations.overlay import COLOURS, overlay
+from sampling.grid import image_grid
 from sampling.pipeline import Result
 
 SIDE = 1.75
 """Inches of a picture."""
+
+SMALL = 0.7
+"""Inches of a picture among many."""
+
+
+def images_figure(results: Result | Mapping[str, Result], columns: int = 10) -> Figure:
+    """The images of a result in rows, or those of several, each under its name.
+
+    Args:
+        results: one, or several by name.
+        columns: images in a row.
+    """
+    named = results if isinstance(results, Mapping) else {"": results}
+    grids = [
+        image_grid(torch.from_numpy(r.images), min(columns, len(r.images))).numpy()
+        for r in named.values()
+    ]
+    pixels = next(iter(named.values())).images.shape[1]
+    heights = [SMALL * len(grid) / pixels for grid in grids]
+    width = SMALL * max(grid.shape[1] for grid in grids) / pixels
+    size = (width, sum(heights) + (0.3 * len(grids) if "" not in named else 0))
+    figure = Figure(figsize=size, layout="constrained")
+    rows = figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, name, grid in zip(rows, named, grids, strict=True):
+        axes.set_axis_off()
+        axes.set_anchor("W")
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.imshow(grid, interpolation="nearest")
+    return figure
 
 
 def overlay_figure(
@@ -85,6 +116,31 @@ def capacity_figure(
     return figure
 
 
+def load_figure(results: Result | Mapping[str, Result]) -> Figure:
+    """Share of the tokens that each expert of each layer computes, a row for each result.
+
+    Args:
+        results: one, or several by name, of models with equally many layers.
+
+    Raises:
+        UserError: a model without experts, or a layer without plans.
+    """
+    named = results if isinstance(results, Mapping) else {"": results}
+    loads = {name: expert_loads(result) for name, result in named.items()}
+    rows, columns = len(loads), max(map(len, loads.values()))
+    figure = Figure(figsize=(3.2 * columns, 1.6 * rows + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for panels, (name, layers) in zip(grid, loads.items(), strict=True):
+        for number, (axes, shares) in enumerate(zip(panels, layers, strict=True), 1):
+            axes.bar(np.arange(1, len(shares) + 1), shares)
+            axes.axhline(shares.mean(), color="grey", lw=0.8, ls=":")
+            axes.set_title(f"{name}, MoE layer {number}".removeprefix(", "), fontsize=9)
+            axes.set_xticks([])
+    figure.supxlabel("experts; dotted: an even load", fontsize=9)
+    figure.supylabel("share of tokens", fontsize=9)
+    return figure
+
+
 def classes_figure(results: Result | Sequence[Result], names: Sequence[str]) -> Figure:
     """The hardest and the easiest classes of results together, with their images.
 
@@ -114,6 +170,19 @@ def capacity_lines(capacity: np.ndarray) -> np.ndarray:
         capacity: (T, 2, L, N), NaN where a half was not computed.
     """
     return np.nanmean(capacity, axis=(1, 3))
+
+
+def expert_loads(result: Result) -> np.ndarray:
+    """(L, E) share of the tokens that each expert computes, over all evaluations and samples.
+
+    Raises:
+        UserError: a model without experts, or a layer without plans.
+    """
+    routing, loads = _routing(result), []
+    for layer in range(len(routing.chosen)):
+        _numbers(result, layer)
+        loads.append(routing.experts(layer).mean(axis=(0, 1, 2)))
+    return np.stack(loads)
 
 
 def _routing(result: Result) -> object:

@@ -35,17 +35,17 @@ def _dense(config: ModelConfig, dropout: float = 0.0) -> nn.Module:
 
 def _token_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: TokenChoiceConfig = config.feed_forward
-    return _moe(config, TokenChoiceRouter(config.router_width(), layer), dropout)
+    return moe_layer(config, TokenChoiceRouter(config.router_width(), layer), dropout)
 
 
 def _deepseek(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: DeepSeekConfig = config.feed_forward
-    return _moe(config, DeepSeekRouter(config.router_width(), layer), dropout)
+    return moe_layer(config, DeepSeekRouter(config.router_width(), layer), dropout)
 
 
 def _promoe(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: ProMoEConfig = config.feed_forward
-    return _moe(config, PrototypeRouter(config.router_width(), layer), dropout)
+    return moe_layer(config, PrototypeRouter(config.router_width(), layer), dropout)
 
 
 def _expert_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
@@ -55,18 +55,18 @@ def _expert_choice(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
         predictor = CapacityPredictor(
             config.router_width(), layer.num_experts, layer.threshold_decay, config.hidden_size
         )
-    return _moe(config, ExpertChoiceRouter(config.router_width(), layer, predictor), dropout)
+    return moe_layer(config, ExpertChoiceRouter(config.router_width(), layer, predictor), dropout)
 
 
 def _race(config: ModelConfig, dropout: float = 0.0) -> MoEFeedForward:
     layer: RaceConfig = config.feed_forward
     target = config.patch_size**2 * config.in_channels
     router = RaceRouter(config.router_width(), config.hidden_size, layer, target)
-    return _moe(config, router, dropout)
+    return moe_layer(config, router, dropout)
 
 
-def _moe(config: ModelConfig, router: nn.Module, dropout: float) -> MoEFeedForward:
-    """The layer around `router`."""
+def moe_layer(config: ModelConfig, router: nn.Module, dropout: float) -> MoEFeedForward:
+    """The layer around `router`, with experts as `config.feed_forward` has them."""
     layer, D = config.feed_forward, config.hidden_size
     experts = Experts(
         layer.all_experts(),

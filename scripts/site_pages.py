@@ -1,7 +1,8 @@
 """A hook of mkdocs.yml: pages whose text lies outside docs/, and links to files outside docs/.
 
 Links are written for a reader of the repository, relative to the file that they stand in. On the
-site a link to a page leads to the page, and one to any other file to a copy of it, as plain text.
+site a link to a page leads to the page, and one to any other file to a copy of it, as plain text;
+notebooks keep their name, to be downloaded.
 """
 
 import os
@@ -86,4 +87,4 @@ def _target(source: Path, link: str, root: Path) -> str | None:
 
 
 def _copy(target: str) -> str:
-    return f"{COPIES}/{target}.txt"
+    return f"{COPIES}/{target}" if target.endswith(".ipynb") else f"{COPIES}/{target}.txt"

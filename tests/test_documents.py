@@ -42,7 +42,7 @@ def check_other(words: list[str]) -> bool:
         wheels = [word for word in words if word.endswith(".whl")]
         assert all(f"diffmoe-{PROJECT['version']}-" in wheel for wheel in wheels), words
         return True
-    tools = ("pytest", "ruff", "build", "tensorboard", "mkdocs")
+    tools = ("pytest", "ruff", "build", "tensorboard", "mkdocs", "jupyter")
     return any(tool in words[:3] or words[0].endswith(f"/{tool}") for tool in tools)
 
 

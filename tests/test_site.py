@@ -67,6 +67,8 @@ def test_links_out_of_the_documents_lead_to_copies(site):
     assert copy.read_text() == (ROOT / "config/dit/imagenet256.yaml").read_text()
     page = (site / "how" / "table3" / "index.html").read_text()
     assert 'href="../../files/config/dit/imagenet256.yaml.txt"' in page
+    notebook = site / "files" / "notebooks" / "quickstart.ipynb"  # to be downloaded
+    assert notebook.read_text() == (ROOT / "notebooks" / "quickstart.ipynb").read_text()
 
 
 def test_the_search_finds_pages_and_docstrings(site):

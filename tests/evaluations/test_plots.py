@@ -9,7 +9,13 @@ from matplotlib import colormaps
 from config.objective import SamplingConfig
 from core.errors import UserError
 from evaluations.overlay import colours, overlay
-from evaluations.plots import capacity_figure, classes_figure, overlay_figure
+from evaluations.plots import (
+    capacity_figure,
+    classes_figure,
+    images_figure,
+    load_figure,
+    overlay_figure,
+)
 from sampling.pipeline import Result
 from sampling.recorder import Routing
 
@@ -62,6 +68,32 @@ def test_maps_over_images():
     assert len([axes for axes in overlay_figure(result()).axes if axes.images]) == 6
 
 
+def test_images_in_rows_and_by_name():
+    (axes,) = images_figure(result(), columns=2).axes
+    shown = axes.images[0].get_array()
+    assert shown.shape == (8 + 2 + 8, 8 + 2 + 8, 3)
+    np.testing.assert_array_equal(shown[:8, :8], result().images[0])
+    np.testing.assert_array_equal(shown[10:, :8], result().images[2])
+    figure = images_figure({"one": result(0), "other": result(1)})
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "other"]
+    np.testing.assert_array_equal(figure.axes[1].images[0].get_array()[:, 20:], result(1).images[2])
+    assert drawn(figure) > 1000
+
+
+def test_load_of_each_expert():
+    one, other = result(0), result(1)
+    figure = load_figure({"one": one, "other": other})
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"{name}, MoE layer {layer}" for name in ("one", "other") for layer in (1, 2)
+    ]
+    heights = [bar.get_height() for bar in figure.axes[3].containers[0]]
+    assert heights == pytest.approx(other.routing.experts(1).mean(axis=(0, 1, 2)))
+    total = sum(bar.get_height() for bar in figure.axes[0].containers[0])
+    assert total == pytest.approx(one.routing.capacity[:, 0, 0].mean())  # experts per token
+    assert load_figure(one).axes[0].get_title() == "MoE layer 1"
+    assert drawn(figure) > 1000
+
+
 @pytest.mark.parametrize("second", [True, False])
 def test_capacity_over_the_steps(second):
     one, other = result(0, second=second), result(1, second=second)
@@ -87,6 +119,7 @@ def test_classes_side_by_side():
     [
         (lambda: overlay_figure(result(routed=False)), "no experts"),
         (lambda: capacity_figure(result(routed=False)), "no experts"),
+        (lambda: load_figure(result(routed=False)), "no experts"),
         (
             lambda: overlay_figure(result(), layer=2),
             r"layer: 2 is not allowed; allowed: 0 \.\.\. 1",
