@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from config.objective import SamplingConfig
+from config.objective import SAMPLERS, SamplingConfig
 from core.errors import UserError
 from sampling.pipeline import Pipeline
 
@@ -17,11 +17,11 @@ LONGEST_PROMPT = 300
 MOST_KEPT = 2**27
 """Numbers of the pictures of all steps of a generation, which stay in memory for the sliders."""
 
-SAMPLERS = {
-    "flow": {"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "euler_maruyama": 1},
-    "ddpm": {"ddpm": 1, "ddim": 1},
+EVALUATIONS = {
+    **{"euler": 1, "heun": 2, "midpoint": 2, "rk4": 4, "euler_maruyama": 1},
+    **{"ddpm": 1, "ddim": 1},
 }
-"""Samplers that the page offers by objective, and how often they evaluate the model in a step."""
+"""Samplers that the page offers, and how often they evaluate the model in a step."""
 
 EACH = "each in turn"
 """In the place of a class: the first image of class 0, the second of class 1, and so on."""
@@ -90,8 +90,9 @@ def ask_for(pipe: Pipeline, wanted: list, names: list[str], settings: Settings) 
 
 
 def samplers(pipe: Pipeline) -> dict[str, int]:
-    """Of SAMPLERS, those of the checkpoint's objective."""
-    return SAMPLERS[pipe.pretrained.config.objective.name]
+    """Of EVALUATIONS, those of the checkpoint's objective."""
+    known = SAMPLERS[pipe.pretrained.config.objective.name]
+    return {name: count for name, count in EVALUATIONS.items() if name in known}
 
 
 def defaults(pipe: Pipeline) -> SamplingConfig:
