@@ -47,4 +47,5 @@ of_L="--config dit/L_flow diffmoe/L_E16_flow"
     table "Latents from files to the GPU" \
         python -m benchmarks.latent_loader --device cuda --repeats 3 \
         --out "$out/gpu_latent_loader.json"
-} | tee "$out/gpu_tables.txt"
+} 2>&1 | tee "$out/gpu_tables.txt"
+! grep -q "^FAILED" "$out/gpu_tables.txt"

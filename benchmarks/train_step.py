@@ -109,7 +109,6 @@ def measure(name: str, flags: argparse.Namespace, device: torch.device) -> dict:
         memory = torch.cuda.max_memory_allocated(device)
     else:
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rate = matmul_rate(device, torch.bfloat16 if flags.precision == "bf16" else torch.float32)
     flops = training_flops(config.model) * flags.batch_size
     peak = sheet_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return {
@@ -117,7 +116,7 @@ def measure(name: str, flags: argparse.Namespace, device: torch.device) -> dict:
         "img/s": flags.batch_size / seconds,
         "GiB": memory / 2**30,
         "GFLOP/img": flops / flags.batch_size / 1e9,
-        "MFU": flops / seconds / rate,
+        "GFLOP/s": flops / seconds / 1e9,
         "MFU by data sheet": "" if peak is None else flops / seconds / peak,
     }
 
@@ -161,8 +160,10 @@ def main(argv: list[str] | None = None) -> None:
         if name not in found or row["seconds"] < found[name]["seconds"]:
             found[name] = row
     first = found[flags.config[0]]["seconds"]
+    rate = matmul_rate(place, torch.bfloat16 if flags.precision == "bf16" else torch.float32)
     rows = [
         {"config": name, "step / first": row["seconds"] / first, **row}
+        | {"MFU": 1e9 * row["GFLOP/s"] / rate}
         for name, row in found.items()
     ]
     settings = {k: str(v) for k, v in vars(flags).items()} | machine(place)

@@ -203,7 +203,7 @@ class ParallelConfig:
             sharded: with `bf16` half as much does, and the products, which are in bf16 then too,
             stay what they are. Routers and all that sees the time keep float32.
         reduce_dtype: numbers in which gradients are added up over the processes; `bf16` rounds
-            them.
+            them. Where they are sharded, a step must have one micro-batch for it.
         prefetch: blocks whose weights are fetched while an earlier one computes, where they are
             sharded. By default the host runs ahead and asks for the next one by itself, which it
             cannot where a layer waits for the counts of its experts.

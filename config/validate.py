@@ -158,6 +158,14 @@ def _check_parallel(config: Config, world_size: int | None) -> None:
         _check_expert_parallel(config, world_size)
     ahead = config.parallel.prefetch
     require(ahead >= 0, f"parallel.prefetch: {ahead} is negative; allowed: 0 or more")
+    if config.parallel.reduce_dtype == "bf16" and config.parallel.strategy != "ddp":
+        forwards = 1 if world_size is None else accumulation_steps(config, world_size)
+        require(
+            forwards == 1,
+            f"parallel.reduce_dtype: bf16 under {config.parallel.strategy} would add up the "
+            f"{forwards} micro-batches of a step in bf16 too; allowed: one micro-batch a step, "
+            "parallel.strategy ddp, or fp32",
+        )
     size = config.parallel.shard_size
     if size is None or config.parallel.strategy == "ddp":
         return

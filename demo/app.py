@@ -137,7 +137,10 @@ def main(argv: list[str] | None = None) -> None:
     records = {}
     for path in flags.record or []:
         drawn, run = read(path)
-        records[drawn.title] = drawn, run
+        title = drawn.title
+        while title in records:
+            title += " again"
+        records[title] = drawn, run
     sys.stdout.write(f"http://{flags.host}:{flags.port}\n")
     sys.stdout.flush()
     launch(page.build(studio, records), flags.host, flags.port)

@@ -8,19 +8,22 @@ what it scored. `--ckpt hub:NAME` takes it from there. Log in before: `hf auth l
 import argparse
 import dataclasses
 import json
+import logging
+import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
-from config.load import dump_config
-from config.schema import Config
+from config.load import build_config, dump_config, to_plain
 from core.command_line import Parser
 from core.errors import UserError, command
 from core.files import complete_folder, file_hash
 from core.limits import check_new_folder
 from core.logging import get_logger
+from data.vae import KNOWN_NAMES
 from models.card import Scored, card, training_facts
 from models.pretrained import (
     CONFIG_FILE,
@@ -32,14 +35,15 @@ from models.pretrained import (
     read_tensors,
     weights_path,
 )
+from models.remote import TEXT_FILES, VAE_FILES, in_one_line
 from models.sealed import MANIFEST_FILE, check_seal, seal
+
+log: logging.Logger = get_logger("hub")
 
 CARD_FILE = "README.md"
 RECORD_FILE, ARCHIVE_FILE = "set.json", "samples.npz"
 PICTURES = {"grid.png": "samples.png", "maps.png": "routing.png"}
 """Pictures of a sample set, and their names in the repository."""
-COPIED = {".json", ".safetensors", ".txt", ".model"}
-"""Files of a VAE or a text encoder that travel: no pickles, no code."""
 KEPT = ("step", "latents", "num_images")
 """Of a checkpoint's state: what sampling needs, not what resuming does."""
 
@@ -68,20 +72,20 @@ def write_repository(
     check_seal(checkpoint.path, (source.name, CONFIG_FILE, STATE_FILE))
     save_file(read_tensors(source), folder / "ema.safetensors")
     _copy_parts(checkpoint, folder)
-    (folder / CONFIG_FILE).write_text(dump_config(without_paths(checkpoint.config)))
+    config = build_config(without_paths(to_plain(dataclasses.asdict(checkpoint.config))))
+    (folder / CONFIG_FILE).write_text(dump_config(config))
     state = {key: checkpoint.state.get(key) for key in KEPT}
-    (folder / STATE_FILE).write_text(json.dumps(_without_paths(state), indent=2) + "\n")
+    (folder / STATE_FILE).write_text(json.dumps(without_paths(state), indent=2) + "\n")
     seal(folder)  # what comes now may be edited there, and need not be downloaded
     for name, theirs in PICTURES.items():
         found = next((s.folder / name for s in scored if (s.folder / name).exists()), None)
         if found is not None:
             shutil.copy(found, folder / theirs)
-    if with_samples:
-        for one in scored:
-            out = folder / "samples" / one.folder.name
-            out.mkdir(parents=True)
-            for name in (RECORD_FILE, ARCHIVE_FILE):
-                shutil.copy(one.folder / name, out / name)
+    for one in scored if with_samples else ():
+        out = folder / "samples" / one.folder.name
+        out.mkdir(parents=True)
+        (out / RECORD_FILE).write_text(json.dumps(without_paths(one.record), indent=2) + "\n")
+        shutil.copy(one.folder / ARCHIVE_FILE, out / ARCHIVE_FILE)
     facts = training_facts(checkpoint)
     pictures = [name for name in PICTURES.values() if (folder / name).exists()]
     text = card(checkpoint, weights, facts, scored, repo, licence, pictures)
@@ -90,47 +94,68 @@ def write_repository(
 
 def _copy_parts(checkpoint: Checkpoint, folder: Path) -> None:
     """VAE and text encoder, where they are folders; ids of the hub are found by everybody."""
-    latents = checkpoint.state["latents"] or {}
-    text = latents.get("text") or {}
+    text = (checkpoint.state["latents"] or {}).get("text") or {}
     carried = checkpoint.path / TEXT_FOLDER
     encoder = str(carried) if carried.is_dir() else text.get("encoder")
-    parts = {VAE_FOLDER: checkpoint.config.data.vae_path, TEXT_FOLDER: encoder}
-    for name, path in parts.items():
-        if path is None or (not Path(path).is_dir() and path.count("/") == 1 and path[0] != "/"):
-            continue
-        if not Path(path).is_dir():
-            raise UserError(f"{checkpoint.path}: its {name}, {path}, is not here; bring it back")
-        (folder / name).mkdir()
-        for file in sorted(Path(path).iterdir()):
-            if file.suffix in COPIED:
-                shutil.copy(file, folder / name / file.name)
-
-
-def without_paths(config: Config) -> Config:
-    """The config with names in the place of this machine's paths."""
-    data = {
-        name: Path(value).name
-        for name, value in vars(config.data).items()
-        if name.endswith("_path") and isinstance(value, str) and Path(value).is_dir()
+    vae = checkpoint.config.data.vae_path
+    parts = {
+        VAE_FOLDER: (KNOWN_NAMES.get(vae, vae), VAE_FILES),
+        TEXT_FOLDER: (encoder, TEXT_FILES),
     }
-    return dataclasses.replace(
-        config,
-        run_dir=None if config.run_dir is None else f"runs/{Path(config.run_dir).name}",
-        init_from=None if config.init_from is None else Path(config.init_from).name,
-        data=dataclasses.replace(config.data, **data),
-    )
+    for name, (path, patterns) in parts.items():
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            _copy_part(Path(path), folder / name, patterns)
+        elif is_id(path):
+            log.info("%s: %s is taken for an id of the hub, and stays there", name, path)
+        else:
+            raise UserError(f"{checkpoint.path}: its {name}, {path}, is not here; bring it back")
 
 
-def _without_paths(state: dict) -> dict:
-    latents = state["latents"]
-    if latents is None:
-        return state
-    texts = latents.get("text")
-    if texts is not None and Path(texts["encoder"]).is_dir():
-        texts = texts | {"encoder": Path(texts["encoder"]).name}
-    path = latents["vae_path"]
-    path = Path(path).name if path is not None and Path(path).is_dir() else path
-    return state | {"latents": latents | {"vae_path": path, "text": texts}}
+def _copy_part(source: Path, out: Path, patterns: tuple[str, ...]) -> None:
+    """The files of a folder that are read, without the paths that libraries leave in them."""
+    out.mkdir()
+    for file in sorted(source.iterdir()):
+        if not any(file.match(pattern) for pattern in patterns):
+            continue
+        if "config" in file.name and file.suffix == ".json":
+            values = json.loads(file.read_text())
+            kept = {k: v for k, v in values.items() if k not in ("_name_or_path", "name_or_path")}
+            (out / file.name).write_text(json.dumps(kept, indent=2) + "\n")
+        else:
+            shutil.copy(file, out / file.name)
+    wanted = {"config.json"}
+    for index in out.glob("*.index.json"):
+        wanted |= set(json.loads(index.read_text())["weight_map"].values())
+    missing = sorted(name for name in wanted if not (out / name).exists())
+    if missing or not any(out.glob("*.safetensors")):
+        lacking = missing[0] if missing else "weights in safetensors"
+        raise UserError(f"{source}: has no {lacking}; it cannot be published")
+
+
+PATHS = {"run_dir", "init_from", "checkpoint", "vae", "encoder", "text_encoder", "reference"}
+PATHS |= {"inception_weights", "classifier", "captions"}
+"""Keys, besides those that end with `_path`, that hold paths of a machine or ids of the hub."""
+
+
+def without_paths(values: Any, key: str = "") -> Any:
+    """Nested values with names in the place of this machine's paths."""
+    if isinstance(values, dict):
+        return {name: without_paths(value, name) for name, value in values.items()}
+    if isinstance(values, list):
+        return [without_paths(value, key) for value in values]
+    if not isinstance(values, str) or not (key in PATHS or key.endswith("_path")):
+        return values
+    name = Path(values).name
+    if key == "run_dir":
+        return f"runs/{name}"
+    return values if is_id(values) and not Path(values).exists() else name
+
+
+def is_id(path: str) -> bool:
+    """Whether a text has the form of an id of the hub, OWNER/NAME."""
+    return path.count("/") == 1 and path[0] not in "/.~" and path[-1] != "/"
 
 
 def read_scored(folders: list[Path], checkpoint: Checkpoint, with_samples: bool) -> list[Scored]:
@@ -164,21 +189,13 @@ def upload(folder: Path, repo: str, private: bool) -> str:
     Raises:
         UserError: the hub refuses, or cannot be reached.
     """
-    from httpx import HTTPError
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-    try:
+    with in_one_line(f"--repo: {repo}", repo, "write the folder by --dry-run DIR"):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Publish {repo}")
         return f"{api.endpoint}/{repo}"
-    except (HfHubHTTPError, HTTPError, HFValidationError, LocalTokenNotFoundError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"--repo: {repo}: the hub did not take it: {reason}; log in by `hf auth login`, or "
-            "write the folder by --dry-run DIR"
-        ) from error
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
@@ -200,9 +217,13 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Write the repository, and send it unless it is a dry run."""
-    flags, log = parse_flags(argv), get_logger("hub")
+    flags = parse_flags(argv)
     if flags.repo.count("/") != 1:
         raise UserError(f"--repo: {flags.repo!r}; wanted: OWNER/NAME, such as someone/diffmoe-s")
+    if flags.licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", flags.licence):
+        raise UserError(
+            f"--licence: {flags.licence!r}; wanted: an id of the hub, such as mit or cc-by-nc-4.0"
+        )
     if flags.dry_run is not None:
         check_new_folder("--dry-run", flags.dry_run)
     checkpoint = read_checkpoint(flags.run, flags.weights)

@@ -144,7 +144,9 @@ def main(out: Path, *data: str) -> None:
         for name, way in (("fsdp", fsdp), ("zero1", zero1)):
             run(f"{name}_bf16_gathered", **bf16, **way, parallel__param_dtype="bf16")
         run("fsdp_prefetched", **fsdp, parallel__prefetch=2, **again)
-        run("fsdp_reduced", **fsdp, parallel__reduce_dtype="bf16")
+        whole = {"train__micro_batch_size": 4}  # a step in one forward pass
+        run("ddp_whole", **whole)
+        run("fsdp_reduced", **fsdp, **whole, parallel__reduce_dtype="bf16")
         run("ddp_reduced", parallel__reduce_dtype="bf16")
         run("jitmoe", **JITMOE)
         run("jitmoe_fsdp", **JITMOE, **fsdp)

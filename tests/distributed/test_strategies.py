@@ -241,9 +241,9 @@ def test_weights_that_travel_in_bf16_change_no_bit(runs, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fsdp_reduced", "ddp_reduced"])
-def test_gradients_added_up_in_bf16_are_rounded(runs, name):
-    wanted, found = entries(runs / "ddp"), entries(runs / name)
+@pytest.mark.parametrize(("exact", "name"), [("ddp_whole", "fsdp_reduced"), ("ddp", "ddp_reduced")])
+def test_gradients_added_up_in_bf16_are_rounded(runs, exact, name):
+    wanted, found = entries(runs / exact), entries(runs / name)
     exact, rounded = wanted[0]["grad_norm"], found[0]["grad_norm"]
     assert rounded != exact
     assert rounded == pytest.approx(exact, rel=2**-8)

@@ -13,7 +13,7 @@ from core.distributed import Processes
 from core.errors import UserError
 from evaluations.sampled import flags_parser, sample_and_score
 from models import hub
-from models.pretrained import find_checkpoint, load_pretrained
+from models.pretrained import find_checkpoint, load_pretrained, read_checkpoint
 from models.remote import fetch
 from sampling.pipeline import load
 from training.trainer import train
@@ -61,8 +61,8 @@ def test_a_dry_run_writes_what_a_push_sends(trained, tmp_path, server):
     assert {"state.json", "vae/config.json", "samples.png"} <= sent.keys()
     assert f"samples/{samples.name}/samples.npz" in sent
     assert not any("optimizer" in name or name == "model.safetensors" for name in sent)
-    text = b"".join(v for k, v in sent.items() if k.endswith((".md", ".yaml", "state.json")))
-    assert str(tmp_path.parent).encode() not in text  # nothing of this machine's folders
+    for name, content in sent.items():  # nothing of this machine's folders
+        assert str(tmp_path.parents[1]).encode() not in content, name
 
 
 def test_the_card_says_what_it_is_and_what_it_scored(trained, tmp_path):
@@ -111,6 +111,49 @@ def test_every_command_takes_a_checkpoint_of_the_hub(trained, server, tmp_path, 
     assert find_checkpoint(tmp_path / "new").name == "step_0000002"
 
 
+def test_paths_become_names_and_ids_stay():
+    values = {
+        "data": {"cached_path": "/scratch/alice/cache", "vae_path": "stabilityai/sd-vae-ft-mse"},
+        "run_dir": "/home/alice/runs/mine",
+        "latents": {"text": {"encoder": "../encoders/t5"}},
+        "evaluation": {"reference": "~/refs/imagenet.npz", "features": "inception"},
+        "prompts": ["either/or"],
+        "class_names": ["a/b"],
+    }
+    assert hub.without_paths(values) == {
+        "data": {"cached_path": "cache", "vae_path": "stabilityai/sd-vae-ft-mse"},
+        "run_dir": "runs/mine",
+        "latents": {"text": {"encoder": "t5"}},
+        "evaluation": {"reference": "imagenet.npz", "features": "inception"},
+        "prompts": ["either/or"],
+        "class_names": ["a/b"],
+    }
+
+
+def test_a_model_of_text_carries_its_encoder(trained_t2i, server, tmp_path):
+    hub.main(["push", str(trained_t2i), "--repo", "someone/words"])
+    ((_, sent),) = server.repositories["someone/words"]
+    assert {"text_encoder/config.json", "text_encoder/model.safetensors"} <= sent.keys()
+    for name, content in sent.items():
+        assert str(tmp_path.parents[1]).encode() not in content, name
+    prompts = ["a red dog", "two green cat"]
+    here, there = (
+        load(ckpt).sample(prompts, num_steps=2).images
+        for ckpt in (str(trained_t2i), "hub:someone/words")
+    )
+    assert (here == there).all()
+
+
+def test_nothing_that_could_be_run_is_downloaded(trained, server):
+    hub.main(["push", str(trained), "--repo", "someone/tiny"])
+    ((_, files),) = server.repositories["someone/tiny"]
+    bad = ("vae/x.bin", "vae/x.py", "text_encoder/modeling.py", "samples/s/set.json", "run.py")
+    files |= dict.fromkeys(bad, b"pickled")
+    folder = fetch("hub:someone/tiny")
+    assert not [name for name in bad if (folder / name).exists()]
+    assert (folder / "vae" / "config.json").exists()
+
+
 def test_a_second_push_is_a_new_revision(trained, server):
     for _ in range(2):
         hub.main(["push", str(trained), "--repo", "someone/tiny", "--weights", "model"])
@@ -128,7 +171,7 @@ def test_a_second_push_is_a_new_revision(trained, server):
         ("hub:../../etc", "wanted: hub:NAME"),
         ("hub:-x/..", "hub:-x/.."),
         ("hub:nobody/nothing", "the hub has no nobody/nothing"),
-        ("hub:someone/empty@no-such", "has no revision 'no-such'"),
+        ("hub:someone/empty@no-such", "someone/empty has no such revision"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line(asked, said, server):
@@ -139,10 +182,31 @@ def test_what_the_hub_does_not_have_is_one_line(asked, said, server):
     assert "\n" not in str(caught.value)
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(server, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_one_line(server, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="cannot be reached"):
         load_pretrained("hub:someone/tiny")
+    with pytest.raises(UserError, match=r"cannot be reached .* write the folder by --dry-run"):
+        hub.upload(tmp_path, "someone/tiny", private=False)
+
+
+def test_a_vae_that_cannot_be_loaded_is_not_published(trained, vae_folder, tmp_path):
+    broken = tmp_path / "vae"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((vae_folder / "config.json").read_bytes())
+    (broken / "diffusion_pytorch_model.bin").write_bytes(b"pickled")
+    checkpoint = read_checkpoint(trained)
+    checkpoint.config.data.vae_path = str(broken)
+    with pytest.raises(UserError, match="has no weights in safetensors"):
+        hub.write_repository(checkpoint, "ema", [], "a/b", None, False, empty(tmp_path / "out"))
+    checkpoint.config.data.vae_path = "mse"
+    hub.write_repository(checkpoint, "ema", [], "a/b", None, False, empty(tmp_path / "other"))
+    assert "vae_path: mse" in (tmp_path / "other" / "config.yaml").read_text()
+
+
+def empty(folder):
+    folder.mkdir()
+    return folder
 
 
 def test_a_download_that_was_changed_is_refused(trained, server):
@@ -158,7 +222,8 @@ def test_a_download_that_was_changed_is_refused(trained, server):
     ("flags", "said"),
     [
         (["--repo", "tiny"], "wanted: OWNER/NAME"),
-        (["--repo", "refused/tiny"], "the hub did not take it"),
+        (["--repo", "refused/tiny"], "the hub refuses"),
+        (["--repo", "a/b", "--licence", "mit: [x"], "wanted: an id of the hub"),
         (["--repo", "a/b", "--samples", "{out}"], "is no finished sample set"),
         (["--repo", "a/b", "--samples", "{other}"], "is of elsewhere, not of"),
         (["--repo", "a/b", "--weights", "ema_0.5"], "weights: unknown 'ema_0.5'"),
