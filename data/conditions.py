@@ -104,6 +104,12 @@ class Conditions:
         drawn = Drawn([self._caption(*item) for item in items], labels if self.labels else None)
         return drawn if self.encoding else self._of(drawn)
 
+    def fetched_bytes(self) -> int:
+        """Of one sample's condition, as loader processes hand it over."""
+        if self.captions is None or self.encoding:
+            return 8
+        return self.length * (self.null.shape[1] * self.null.element_size() + 1) + 8
+
     def finish(self, fetched: Condition | Drawn) -> Condition:
         """The conditions of what was fetched."""
         return self._of(fetched) if isinstance(fetched, Drawn) else fetched

@@ -6,6 +6,7 @@ mirrored, and its posterior noise are functions of (seed, epoch, index) alone.
 Shapes: B batch, C latent channels, h and w height and width of the latent.
 """
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +34,10 @@ class TrainingData(Protocol):
 
     def __getitems__(self, items: Items) -> object:
         """What loader processes make of a batch: PyTorch's batched fetch, to collate as it is."""
+        ...
+
+    def fetched_bytes(self) -> int:
+        """Of one sample, as loader processes hand it over."""
         ...
 
     def finish(self, fetched: object) -> Batch:
@@ -81,6 +86,10 @@ class LatentDataset(_Drawing):
         moments = self.source.moments(indices, views)
         return draw(moments, noise, self.source), cond
 
+    def fetched_bytes(self) -> int:
+        """Of a latent in float32, and its condition."""
+        return 4 * math.prod(self.source.latent_shape) + self.conditions.fetched_bytes()
+
     def finish(self, fetched: tuple[Tensor, Condition | Drawn]) -> Batch:
         """Latents and conditions."""
         latents, cond = fetched
@@ -99,6 +108,10 @@ class ImageDataset(_Drawing):
         labels = self.source.labels([index for _, index in items])
         return images, self.conditions.fetch(items, labels)
 
+    def fetched_bytes(self) -> int:
+        """Of an image, and its condition."""
+        return 3 * self.source.image_size**2 + self.conditions.fetched_bytes()
+
     def finish(self, fetched: tuple) -> Batch:
         """Images (B, 3, H, W) in [-1, 1], on the device, and conditions."""
         images, cond = fetched
@@ -115,6 +128,10 @@ class EncodedDataset(ImageDataset):
         """What `ImageDataset` fetches, and posterior noise."""
         noise = posterior_noise(self.seed, items, self.source.latent_shape)
         return *super().__getitems__(items), noise
+
+    def fetched_bytes(self) -> int:
+        """Of an image, its latent's noise, and its condition."""
+        return super().fetched_bytes() + 4 * math.prod(self.source.latent_shape)
 
     def finish(self, fetched: tuple) -> Batch:
         """Latents of the images, on the VAE's device, and conditions."""

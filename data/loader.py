@@ -1,9 +1,7 @@
 """Batches of latents for one training process."""
 
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from config.schema import Config
@@ -37,7 +35,7 @@ def training_batches(
     )
     workers = config.data.num_workers
     if workers:
-        each = config.train.micro_batch_size * bytes_of(data.__getitems__([(0, 0)]))
+        each = config.train.micro_batch_size * data.fetched_bytes()
         check_shared_memory("data.num_workers", workers, each)
     loader = DataLoader(
         data,
@@ -50,15 +48,6 @@ def training_batches(
         pin_memory=processes.device.type == "cuda",
     )
     return map(data.finish, loader)
-
-
-def bytes_of(fetched: object) -> int:
-    """Of the tensors in what a data set fetched."""
-    if isinstance(fetched, Tensor):
-        return fetched.nbytes
-    if is_dataclass(fetched):
-        return sum(bytes_of(getattr(fetched, field.name)) for field in fields(fetched))
-    return sum(map(bytes_of, fetched)) if isinstance(fetched, tuple) else 0
 
 
 def _as_it_is(batch: object) -> object:

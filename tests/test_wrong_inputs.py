@@ -380,7 +380,7 @@ benchmarks.moe_layer --num-experts 0 | --num-experts: 0 is too small
 benchmarks.moe_layer --family dense | --family: invalid choice: 'dense'
 benchmarks.moe_layer --out {empty} | --out: {empty} is a folder; a file is wanted
 benchmarks.sampling --ckpt {list} | no checkpoint
-benchmarks.sampling | required: --ckpt
+benchmarks.sampling | --ckpt --config is required
 benchmarks.moe_layer --precision fp8 | --precision: invalid choice: 'fp8'
 benchmarks.train_step | required: --config
 benchmarks.train_step --config nowhere | --config: no file nowhere

@@ -6,12 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from core.conditions import Condition
 from core.errors import ConfigError
 from core.limits import check_shared_memory
-from data.loader import bytes_of
 
 ROOT = Path(__file__).parents[2]
 MEGA = 2**20
@@ -63,8 +60,3 @@ def test_readers_whose_batches_do_not_fit_into_shared_memory_are_refused(monkeyp
     check_shared_memory("data.num_workers", 0, 800 * MEGA)
     with pytest.raises(ConfigError, match=r"5 reading process\(es\) need 0.0839 GB .* at most 4"):
         check_shared_memory("data.num_workers", 5, 8 * MEGA)
-
-
-def test_bytes_of_a_batch_are_those_of_all_its_tensors():
-    cond = Condition(torch.zeros(3, dtype=torch.int64), torch.zeros(3, 2, 5, dtype=torch.bfloat16))
-    assert bytes_of((torch.zeros(3, 4), cond, [1, 2])) == 3 * 4 * 4 + 3 * 8 + 3 * 2 * 5 * 2

@@ -1,5 +1,6 @@
 """Reading processes outlive signals to the whole job, and end with their own parent."""
 
+import dataclasses
 import multiprocessing
 import os
 import subprocess
@@ -7,9 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset
 
+from config.load import parse_config
+from core.distributed import Processes
 from core.errors import UserError
+from data.sources import training_data
 from data.workers import next_of, steady
 
 
@@ -85,3 +90,26 @@ def test_what_the_reading_code_does_wrong_is_not_hidden(error):
 
     with pytest.raises(type(error), match=str(error)):
         next_of(wrong(), "a", "b")
+
+
+def bytes_of(fetched):
+    """Of all tensors in what a data set fetched."""
+    if isinstance(fetched, torch.Tensor):
+        return fetched.nbytes
+    if dataclasses.is_dataclass(fetched):
+        return sum(bytes_of(getattr(fetched, field.name)) for field in dataclasses.fields(fetched))
+    return sum(map(bytes_of, fetched)) if isinstance(fetched, tuple) else 0
+
+
+@pytest.mark.parametrize("config", ["tiny_config", "tiny_t2i", "pixels", "online"])
+def test_what_travels_is_known_without_reading(config, request, image_root, tmp_path):
+    pixels = "--data.vae_path null --model.in_channels 3 --model.input_size 16"
+    argv = {"pixels": pixels.split(), "online": []}.get(config)
+    name = config if argv is None else "tiny_config"
+    argv = ["--config", str(request.getfixturevalue(name)), *(argv or [])]
+    if name != config:
+        argv += ["--data.source", "images", "--data.data_path", str(image_root)]
+    run = parse_config([*argv, "--run_dir", str(tmp_path)], "train.py")
+    data = training_data(run, Processes(0, 1, torch.device("cpu")))
+    fetched = data.__getitems__([(0, 0), (0, 1)])
+    assert 2 * data.fetched_bytes() == pytest.approx(bytes_of(fetched), abs=16)
