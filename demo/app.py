@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     """Load what is named, and serve the page until Ctrl-C."""
     flags = parse_flags(argv)
     check_port(flags.host, flags.port)
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads nothing else while it loads
     try:
         from demo import page
     except ImportError as error:

@@ -97,7 +97,8 @@ def card(
         pictures: names of files beside the card.
     """
     config = checkpoint.config
-    system = NAMES[config.model.feed_forward.name]
+    name = config.model.feed_forward.name
+    system = NAMES.get(name, name)  # a layer of somebody's own has its own name
     parts = [
         _header(config, licence),
         f"# {repo.partition('/')[2]}",
@@ -118,7 +119,8 @@ def card(
 
 def _header(config: Config, licence: str | None) -> str:
     text = config.model.text_hidden_size is not None
-    tags = ("diffusion", "mixture-of-experts", config.model.feed_forward.name)
+    experts = ["mixture-of-experts"] if config.model.moe_blocks() else []
+    tags = ("diffusion", *experts, config.model.feed_forward.name)
     lines = [
         "---",
         "library_name: diffmoe",
@@ -182,7 +184,7 @@ def _training_rows(checkpoint: Checkpoint, facts: TrainingFacts) -> list[tuple[s
         "steps": f"{checkpoint.state['step']:,}",
         "batch": f"{train.global_batch_size} in forward passes of {train.micro_batch_size}",
         "learning rate": f"{config.optim.peak_lr(train.global_batch_size):g}",
-        "decay of the average": config.optim.ema_decay,
+        "optim.ema_decay": config.optim.ema_decay,
         "precision": train.precision,
         "seed": config.seed,
         "time": None if facts.hours is None else f"{facts.hours:.2f} hours",

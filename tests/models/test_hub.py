@@ -8,11 +8,13 @@ import torch
 import yaml
 from local_hub import local_hub
 
+from config.layers import DenseConfig, DiffMoEConfig
 from config.load import parse_config
 from core.distributed import Processes
 from core.errors import UserError
 from evaluations.sampled import flags_parser, sample_and_score
 from models import hub
+from models.card import TrainingFacts, card
 from models.pretrained import find_checkpoint, load_pretrained, read_checkpoint
 from models.remote import fetch
 from sampling.pipeline import load
@@ -152,6 +154,19 @@ def test_nothing_that_could_be_run_is_downloaded(trained, server):
     folder = fetch("hub:someone/tiny")
     assert not [name for name in bad if (folder / name).exists()]
     assert (folder / "vae" / "config.json").exists()
+
+
+def test_a_dense_model_and_a_layer_of_ones_own_have_cards(trained):
+    checkpoint = read_checkpoint(trained)
+    facts = TrainingFacts(None, None, None, {})
+    checkpoint.config.model.feed_forward = DenseConfig()
+    text = card(checkpoint, "ema", facts, [], "a/b", None, [])
+    assert "**dense DiT**" in text
+    assert "mixture-of-experts" not in text
+    checkpoint.config.model.feed_forward = DiffMoEConfig(num_experts=4)
+    with pytest.MonkeyPatch.context() as patched:  # as a layer that the project does not have
+        patched.setattr("models.card.NAMES", {})
+        assert "**diffmoe**" in card(checkpoint, "ema", facts, [], "a/b", None, [])
 
 
 def test_a_second_push_is_a_new_revision(trained, server):
